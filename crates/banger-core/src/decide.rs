@@ -1,0 +1,417 @@
+//! The decision table: how a request to a VM is answered, before anything touches the host.
+//!
+//! | request | stopped | starting | running | paused | stopping | trashed |
+//! | --- | --- | --- | --- | --- | --- | --- |
+//! | start | run | join | already | deny: resume | deny: wait | deny: trashed |
+//! | stop | already | cancel | run (unreachable: deny) | resume and stop (full disk: deny) | join | already |
+//! | kill | already | cancel | run | run | escalate | already |
+//! | restart | run start | join | stop, start | resume, stop, start | then start | deny |
+//! | pause | deny | deny | run | already | deny | deny |
+//! | resume | deny | deny | already | run | deny | deny |
+//! | set | run | deny | deny | deny | deny: wait | deny |
+//! | delete | trash | deny: force | deny: force | deny: force | deny: force | already |
+//!
+//! A VM that is running but unreachable may only be killed.
+
+use crate::phase::{PausedBy, Phase};
+
+/// A request to one VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Request {
+    /// Boot it.
+    Start,
+    /// Ask the guest to shut down, then escalate.
+    Stop,
+    /// End the VMM at once.
+    Kill,
+    /// Stop, then start.
+    Restart,
+    /// Pause its vCPUs.
+    Pause,
+    /// Let its vCPUs run on.
+    Resume,
+    /// Change the spec.
+    Set,
+    /// Put it into the trash.
+    Delete {
+        /// Kill it first if it is live.
+        force: bool,
+    },
+}
+
+impl Request {
+    /// The verb, as typed on the command line.
+    pub const fn verb(self) -> &'static str {
+        match self {
+            Self::Start => "start",
+            Self::Stop => "stop",
+            Self::Kill => "kill",
+            Self::Restart => "restart",
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::Set => "set",
+            Self::Delete { .. } => "delete",
+        }
+    }
+}
+
+/// Where a VM stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing<'a> {
+    /// It is an ordinary VM in this phase.
+    Live(&'a Phase),
+    /// It is in the trash.
+    Trashed,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Action {
+    /// Boot it.
+    Start,
+    /// Ask it to shut down.
+    Stop,
+    /// Let it run on, then ask it to shut down.
+    ResumeThenStop,
+    /// Ask it to shut down, and start it when it has.
+    StopThenStart,
+    /// Let it run on, ask it to shut down, and start it when it has.
+    ResumeThenStopThenStart,
+    /// It is stopping already: start it when it has stopped.
+    ThenStart,
+    /// Cancel the start and unwind it.
+    CancelStart,
+    /// End the VMM.
+    Kill,
+    /// Stop waiting for the guest and end the VMM.
+    Escalate,
+    /// Pause it.
+    Pause,
+    /// Resume it.
+    Resume,
+    /// Record the new spec.
+    Set,
+    /// Trash it.
+    Trash,
+    /// End the VMM, then trash it.
+    KillThenTrash,
+}
+
+/// Why a request is refused. Each says what to do instead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Deny {
+    /// Paused: resume it.
+    Paused,
+    /// Paused because the host's disk is full: free space or kill it.
+    PausedByFullDisk,
+    /// A start is under way: wait for it or stop it.
+    Starting,
+    /// A stop is under way: wait for it or restart it.
+    Stopping,
+    /// It runs: stop it first.
+    Running,
+    /// It is stopped: start it first.
+    Stopped,
+    /// It runs but does not answer: only kill is allowed.
+    Unreachable,
+    /// It is live: say `--force`.
+    NeedsForce,
+    /// It is in the trash.
+    Trashed,
+}
+
+/// How a request is answered.
+#[must_use]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Decision {
+    /// Do this.
+    Run(Action),
+    /// The same thing is under way: wait for its end.
+    Join,
+    /// Nothing is to be done.
+    AlreadyThere,
+    /// Refused.
+    Deny(Deny),
+}
+
+/// Judges `request` for a VM that stands so. Every pair is written out.
+pub fn decide(standing: Standing<'_>, request: Request) -> Decision {
+    let phase = match standing {
+        Standing::Live(phase) => phase,
+        Standing::Trashed => return decide_trashed(request),
+    };
+    use Decision::{AlreadyThere, Deny as Refuse, Join, Run};
+    match (request, phase) {
+        (Request::Start, Phase::Stopped { .. }) => Run(Action::Start),
+        (Request::Start, Phase::Starting { .. }) => Join,
+        (
+            Request::Start,
+            Phase::Running {
+                reachable: true, ..
+            },
+        ) => AlreadyThere,
+        (
+            Request::Start,
+            Phase::Running {
+                reachable: false, ..
+            },
+        ) => Refuse(Deny::Unreachable),
+        (
+            Request::Start,
+            Phase::Paused {
+                by: PausedBy::Person,
+            },
+        ) => Refuse(Deny::Paused),
+        (
+            Request::Start,
+            Phase::Paused {
+                by: PausedBy::FullDisk,
+            },
+        ) => Refuse(Deny::PausedByFullDisk),
+        (Request::Start, Phase::Stopping { .. }) => Refuse(Deny::Stopping),
+
+        (Request::Stop, Phase::Stopped { .. }) => AlreadyThere,
+        (Request::Stop, Phase::Starting { .. }) => Run(Action::CancelStart),
+        (
+            Request::Stop,
+            Phase::Running {
+                reachable: true, ..
+            },
+        ) => Run(Action::Stop),
+        (
+            Request::Stop,
+            Phase::Running {
+                reachable: false, ..
+            },
+        ) => Refuse(Deny::Unreachable),
+        (
+            Request::Stop,
+            Phase::Paused {
+                by: PausedBy::Person,
+            },
+        ) => Run(Action::ResumeThenStop),
+        (
+            Request::Stop,
+            Phase::Paused {
+                by: PausedBy::FullDisk,
+            },
+        ) => Refuse(Deny::PausedByFullDisk),
+        (Request::Stop, Phase::Stopping { .. }) => Join,
+
+        (Request::Kill, Phase::Stopped { .. }) => AlreadyThere,
+        (Request::Kill, Phase::Starting { .. }) => Run(Action::CancelStart),
+        (Request::Kill, Phase::Running { .. } | Phase::Paused { .. }) => Run(Action::Kill),
+        (Request::Kill, Phase::Stopping { .. }) => Run(Action::Escalate),
+
+        (Request::Restart, Phase::Stopped { .. }) => Run(Action::Start),
+        (Request::Restart, Phase::Starting { .. }) => Join,
+        (
+            Request::Restart,
+            Phase::Running {
+                reachable: true, ..
+            },
+        ) => Run(Action::StopThenStart),
+        (
+            Request::Restart,
+            Phase::Running {
+                reachable: false, ..
+            },
+        ) => Refuse(Deny::Unreachable),
+        (
+            Request::Restart,
+            Phase::Paused {
+                by: PausedBy::Person,
+            },
+        ) => Run(Action::ResumeThenStopThenStart),
+        (
+            Request::Restart,
+            Phase::Paused {
+                by: PausedBy::FullDisk,
+            },
+        ) => Refuse(Deny::PausedByFullDisk),
+        (Request::Restart, Phase::Stopping { .. }) => Run(Action::ThenStart),
+
+        (Request::Pause | Request::Resume, Phase::Stopped { .. }) => Refuse(Deny::Stopped),
+        (Request::Pause | Request::Resume, Phase::Starting { .. }) => Refuse(Deny::Starting),
+        (
+            Request::Pause | Request::Resume,
+            Phase::Running {
+                reachable: false, ..
+            },
+        ) => Refuse(Deny::Unreachable),
+        (
+            Request::Pause,
+            Phase::Running {
+                reachable: true, ..
+            },
+        ) => Run(Action::Pause),
+        (
+            Request::Resume,
+            Phase::Running {
+                reachable: true, ..
+            },
+        ) => AlreadyThere,
+        (Request::Pause, Phase::Paused { .. }) => AlreadyThere,
+        (Request::Resume, Phase::Paused { .. }) => Run(Action::Resume),
+        (Request::Pause | Request::Resume, Phase::Stopping { .. }) => Refuse(Deny::Stopping),
+
+        (Request::Set, Phase::Stopped { .. }) => Run(Action::Set),
+        (Request::Set, Phase::Starting { .. } | Phase::Running { .. } | Phase::Paused { .. }) => {
+            Refuse(Deny::Running)
+        }
+        (Request::Set, Phase::Stopping { .. }) => Refuse(Deny::Stopping),
+
+        (Request::Delete { .. }, Phase::Stopped { .. }) => Run(Action::Trash),
+        (
+            Request::Delete { force: false },
+            Phase::Starting { .. }
+            | Phase::Running { .. }
+            | Phase::Paused { .. }
+            | Phase::Stopping { .. },
+        ) => Refuse(Deny::NeedsForce),
+        (
+            Request::Delete { force: true },
+            Phase::Starting { .. }
+            | Phase::Running { .. }
+            | Phase::Paused { .. }
+            | Phase::Stopping { .. },
+        ) => Run(Action::KillThenTrash),
+    }
+}
+
+fn decide_trashed(request: Request) -> Decision {
+    match request {
+        Request::Stop | Request::Kill | Request::Delete { .. } => Decision::AlreadyThere,
+        Request::Start | Request::Restart | Request::Pause | Request::Resume | Request::Set => {
+            Decision::Deny(Deny::Trashed)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::phase::{StartStep, StopReason};
+    use proptest::prelude::*;
+
+    fn phases() -> Vec<Phase> {
+        let mut phases = vec![
+            Phase::Stopped {
+                why: StopReason::NeverStarted,
+            },
+            Phase::Stopped {
+                why: StopReason::StartFailed {
+                    step: StartStep::OpenFiles,
+                    error: "full".into(),
+                },
+            },
+            Phase::Starting {
+                step: StartStep::LeasePort,
+            },
+            Phase::Paused {
+                by: PausedBy::Person,
+            },
+            Phase::Paused {
+                by: PausedBy::FullDisk,
+            },
+            Phase::Stopping {
+                deadline: jiff::Timestamp::UNIX_EPOCH,
+            },
+        ];
+        for ready in [false, true] {
+            phases.extend([true, false].map(|reachable| Phase::Running { ready, reachable }));
+        }
+        phases
+    }
+
+    const REQUESTS: [Request; 9] = [
+        Request::Start,
+        Request::Stop,
+        Request::Kill,
+        Request::Restart,
+        Request::Pause,
+        Request::Resume,
+        Request::Set,
+        Request::Delete { force: false },
+        Request::Delete { force: true },
+    ];
+
+    #[test]
+    fn a_failed_vm_takes_every_verb_that_a_stopped_one_takes() {
+        let [fresh, failed] = [&phases()[0], &phases()[1]].map(Clone::clone);
+        for request in REQUESTS {
+            assert_eq!(
+                decide(Standing::Live(&fresh), request),
+                decide(Standing::Live(&failed), request)
+            );
+        }
+    }
+
+    #[test]
+    fn an_unreachable_vm_may_only_be_killed() {
+        let phase = Phase::Running {
+            ready: true,
+            reachable: false,
+        };
+        let allowed: Vec<_> = REQUESTS
+            .into_iter()
+            .filter(|&r| matches!(decide(Standing::Live(&phase), r), Decision::Run(_)))
+            .collect();
+        assert_eq!(allowed, [Request::Kill, Request::Delete { force: true }]);
+    }
+
+    #[test]
+    fn a_live_vm_is_never_trashed_without_force() {
+        for phase in phases().iter().filter(|p| p.is_live()) {
+            let decision = decide(Standing::Live(phase), Request::Delete { force: false });
+            assert_eq!(decision, Decision::Deny(Deny::NeedsForce), "{phase:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_but_a_stopped_vm_is_changed_or_started() {
+        for phase in phases().iter().filter(|p| p.is_live()) {
+            for request in [Request::Set, Request::Start] {
+                assert!(
+                    !matches!(decide(Standing::Live(phase), request), Decision::Run(_)),
+                    "{phase:?} {request:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn kill_is_never_refused() {
+        for phase in &phases() {
+            assert!(
+                !matches!(
+                    decide(Standing::Live(phase), Request::Kill),
+                    Decision::Deny(_)
+                ),
+                "{phase:?}"
+            );
+        }
+        assert_eq!(
+            decide(Standing::Trashed, Request::Kill),
+            Decision::AlreadyThere
+        );
+    }
+
+    proptest! {
+        /// What a verb leads to, asked for again, is no new work: stop after stop, start after start, …
+        #[test]
+        fn asking_twice_does_nothing_twice(index in 0usize..10, request in 0usize..9) {
+            let request = REQUESTS[request];
+            let settled = match request {
+                Request::Start => Phase::Running { ready: false, reachable: true },
+                Request::Stop | Request::Kill => Phase::Stopped { why: StopReason::Asked },
+                Request::Pause => Phase::Paused { by: PausedBy::Person },
+                Request::Resume => Phase::Running { ready: true, reachable: true },
+                Request::Restart | Request::Set | Request::Delete { .. } => return Ok(()),
+            };
+            if matches!(decide(Standing::Live(&phases()[index]), request), Decision::Run(_)) {
+                prop_assert_eq!(decide(Standing::Live(&settled), request), Decision::AlreadyThere);
+            }
+        }
+    }
+}

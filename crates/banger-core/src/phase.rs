@@ -1,0 +1,199 @@
+//! Phases: what a VM is seen to be doing.
+//!
+//! ```text
+//!             start              proof of life
+//!   stopped ---------> starting ---------------> running <------> paused
+//!      ^                  |                         |  pause/resume  |
+//!      |   failed, cancel |                    stop |                | stop, kill
+//!      +------------------+                         v                |
+//!      +----------------------------------------- stopping <---------+
+//! ```
+//!
+//! There is no `failed`: a VM that failed is stopped, with the reason. Ready is a fact of `running`, not a phase.
+
+use jiff::Timestamp;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// What a person wants of a VM; durable, set by the verbs and by the guest's own poweroff.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Desired {
+    /// It shall run.
+    On,
+    /// It shall not run.
+    Off,
+}
+
+/// The steps of a start, in order. Each is one reversible host effect.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum StartStep {
+    /// Take `vm.lock`.
+    TakeLock,
+    /// Open image, kernel, overlay and disk; make what is missing; check sizes and room.
+    OpenFiles,
+    /// Lease a port of the bridge from the network.
+    LeasePort,
+    /// Write config drive, VMM configuration and attempt file.
+    WriteBoot,
+    /// Spawn the shim, which starts the VMM.
+    LaunchShim,
+    /// Wait for the VMM's first proof of life.
+    ProveLife,
+}
+
+impl StartStep {
+    /// All steps, in order.
+    pub const ALL: [Self; 6] = [
+        Self::TakeLock,
+        Self::OpenFiles,
+        Self::LeasePort,
+        Self::WriteBoot,
+        Self::LaunchShim,
+        Self::ProveLife,
+    ];
+
+    /// The step's name as it stands in the API and the journal.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::TakeLock => "take-lock",
+            Self::OpenFiles => "open-files",
+            Self::LeasePort => "lease-port",
+            Self::WriteBoot => "write-boot",
+            Self::LaunchShim => "launch-shim",
+            Self::ProveLife => "prove-life",
+        }
+    }
+}
+
+/// Why a VM is stopped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "reason", rename_all = "kebab-case")]
+pub enum StopReason {
+    /// It was created and never started.
+    NeverStarted,
+    /// It was asked to stop, and the guest shut down in time.
+    Asked,
+    /// It was asked to stop, the guest did not shut down in time, and the VMM was ended.
+    AskedThenForced,
+    /// It was killed on request.
+    Killed,
+    /// The guest powered itself off.
+    GuestPoweroff,
+    /// The guest rebooted itself, which ends a microVM.
+    GuestReboot,
+    /// The guest's kernel panicked.
+    GuestPanic,
+    /// A start did not succeed.
+    StartFailed {
+        /// The step that failed.
+        step: StartStep,
+        /// What went wrong, as text.
+        error: String,
+    },
+    /// A start was cancelled.
+    StartCancelled,
+    /// The VMM ended without the guest having shut down.
+    VmmDied {
+        /// How the VMM ended, as text (`exit status 1`, `signal 11`).
+        status: String,
+    },
+    /// The host was rebooted or lost power while the VM ran.
+    HostRebooted,
+    /// The VM ended while nobody watched, and left no word why.
+    Unknown,
+}
+
+impl std::fmt::Display for StopReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::NeverStarted => f.write_str("never started"),
+            Self::Asked => f.write_str("stopped on request"),
+            Self::AskedThenForced => {
+                f.write_str("stopped on request; the guest did not shut down in time")
+            }
+            Self::Killed => f.write_str("killed on request"),
+            Self::GuestPoweroff => f.write_str("guest powered off"),
+            Self::GuestReboot => f.write_str("guest rebooted"),
+            Self::GuestPanic => f.write_str("guest kernel panicked"),
+            Self::StartFailed { step, error } => {
+                write!(f, "start failed at {}: {error}", step.name())
+            }
+            Self::StartCancelled => f.write_str("start cancelled"),
+            Self::VmmDied { status } => write!(f, "the VMM died ({status})"),
+            Self::HostRebooted => f.write_str("host rebooted"),
+            Self::Unknown => f.write_str("unknown"),
+        }
+    }
+}
+
+/// Who paused a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum PausedBy {
+    /// A person asked for it.
+    Person,
+    /// The host's filesystem is full.
+    FullDisk,
+}
+
+/// What a VM is seen to be doing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum Phase {
+    /// No process of it is alive: its lock is free.
+    Stopped {
+        /// Why it is stopped.
+        why: StopReason,
+    },
+    /// A start is under way.
+    Starting {
+        /// The step that is under way.
+        step: StartStep,
+    },
+    /// Its VMM runs.
+    Running {
+        /// The guest has said that it can be used.
+        ready: bool,
+        /// Its shim answers. If not, only kill is allowed.
+        reachable: bool,
+    },
+    /// Its vCPUs are paused.
+    Paused {
+        /// Who paused it.
+        by: PausedBy,
+    },
+    /// It was asked to stop.
+    Stopping {
+        /// When the VMM will be ended if the guest has not shut down.
+        #[schemars(with = "String")]
+        deadline: Timestamp,
+    },
+}
+
+impl Phase {
+    /// The phase's name, as printed in lists.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Stopped { .. } => "stopped",
+            Self::Starting { .. } => "starting",
+            Self::Running { .. } => "running",
+            Self::Paused { .. } => "paused",
+            Self::Stopping { .. } => "stopping",
+        }
+    }
+
+    /// Whether a VMM may be alive in this phase.
+    pub const fn is_live(&self) -> bool {
+        match self {
+            Self::Stopped { .. } => false,
+            Self::Starting { .. }
+            | Self::Running { .. }
+            | Self::Paused { .. }
+            | Self::Stopping { .. } => true,
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! VMMs: the [`driver::Vmm`] trait with its two drivers, and the shim that is the parent of every VMM.
+
+pub mod protocol;
