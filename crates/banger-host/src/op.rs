@@ -87,6 +87,23 @@ pub enum NamespaceOp {
     },
 }
 
+impl NamespaceOp {
+    /// Its name, as in messages.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Hello => "hello",
+            Self::Keepalive => "keepalive",
+            Self::Namespaces => "namespaces",
+            Self::EnsureBase { .. } => "ensure-base",
+            Self::EnsureUplink { .. } => "ensure-uplink",
+            Self::EnsurePort(_) => "ensure-port",
+            Self::RemovePort { .. } => "remove-port",
+            Self::ListPorts => "list-ports",
+            Self::Connect { .. } => "connect",
+        }
+    }
+}
+
 /// One message to `banger-netns`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NamespaceRequest {

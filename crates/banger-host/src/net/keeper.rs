@@ -1,0 +1,218 @@
+//! The client's side of `banger-netns`, the small process that lives in the instance's network namespace.
+
+use super::seqpacket::{self, Place};
+use crate::exec::timespec;
+use crate::op::{NamespaceAnswer, NamespaceOp, NamespaceReply, NamespaceRequest};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long a keeper may take to be ready.
+const READY_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long an operation may take, beside what it was itself told to wait.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+const MAX_READY_BYTES: usize = 64 * 1024;
+
+/// The one line that `banger-netns` writes to standard output.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Readiness {
+    /// Its socket accepts.
+    Ready(bool),
+    /// It gave up, and why.
+    Error(String),
+}
+
+/// A door to a running `banger-netns`. Every request has a connection of its own, so one value serves any number of
+/// threads.
+#[derive(Debug)]
+pub struct Keeper {
+    socket: PathBuf,
+    place: Place,
+}
+
+/// The keeper could not be started, reached, or did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum KeeperError {
+    /// The program is not there or cannot be run.
+    #[error("cannot start `{}`", program.display())]
+    Start {
+        /// The program.
+        program: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It started and gave up, or ended, or said nothing in time.
+    #[error("the network namespace could not be made: {why}")]
+    NotReady {
+        /// What it said.
+        why: String,
+    },
+    /// Nobody answers at the socket.
+    #[error("cannot reach the keeper of the network namespace at `{}`", socket.display())]
+    Unreachable {
+        /// The socket.
+        socket: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Its reply makes no sense to us.
+    #[error("the keeper of the network namespace at `{}` gave a reply that is not understood", socket.display())]
+    BadReply {
+        /// The socket.
+        socket: PathBuf,
+        /// What is wrong.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// It tried and failed.
+    #[error("{operation} failed in the network namespace: {why}")]
+    Refused {
+        /// The operation's name.
+        operation: &'static str,
+        /// The cause and its causes, in the keeper's words.
+        why: String,
+    },
+}
+
+impl Keeper {
+    /// Starts `program` (a `banger-netns`) in new namespaces and waits until it serves `socket`. The process is in a
+    /// session of its own and outlives this one as long as a [`NamespaceOp::Keepalive`] descriptor is held; ask for
+    /// one within 30 s.
+    ///
+    /// # Errors
+    /// It cannot be started, or says why it cannot make the namespaces, or is not ready within 10 s.
+    pub fn spawn(program: &Path, socket: &Path, user_namespace: bool) -> Result<Self, KeeperError> {
+        let failed = |source| KeeperError::Start {
+            program: program.to_owned(),
+            source,
+        };
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the named place that starts the namespace's keeper"
+        )]
+        let mut command = Command::new(program);
+        command
+            .arg("--socket")
+            .arg(socket)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        if user_namespace {
+            command.arg("--user-namespace");
+        }
+        let mut child = command.spawn().map_err(failed)?;
+        let stdout = child.stdout.take();
+        let ready = match stdout {
+            Some(mut pipe) => wait_ready(&mut pipe, Instant::now() + READY_TIMEOUT),
+            None => Err("its standard output is missing".to_owned()),
+        };
+        if let Err(why) = ready {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(KeeperError::NotReady { why });
+        }
+        // It may end long before this process does; somebody has to collect it.
+        std::thread::Builder::new()
+            .name("keeper-wait".to_owned())
+            .spawn(move || child.wait())
+            .map_err(failed)?;
+        Self::connect(socket)
+    }
+
+    /// The keeper at `socket`, checked to be there.
+    ///
+    /// # Errors
+    /// Nobody answers.
+    pub fn connect(socket: &Path) -> Result<Self, KeeperError> {
+        let place = Place::open(socket).map_err(|source| KeeperError::Unreachable {
+            socket: socket.to_owned(),
+            source,
+        })?;
+        let keeper = Self {
+            socket: socket.to_owned(),
+            place,
+        };
+        keeper.request(NamespaceOp::Hello)?;
+        Ok(keeper)
+    }
+
+    /// Does `op` and answers with its descriptors, within 30 s (for [`NamespaceOp::Connect`], beside its own limit).
+    ///
+    /// # Errors
+    /// The keeper is gone, or the operation failed.
+    pub fn request(&self, op: NamespaceOp) -> Result<(NamespaceAnswer, Vec<OwnedFd>), KeeperError> {
+        let own = match &op {
+            NamespaceOp::Connect { timeout_ms, .. } => Duration::from_millis((*timeout_ms).into()),
+            _ => Duration::ZERO,
+        };
+        let operation = op.name();
+        let unreachable = |source| KeeperError::Unreachable {
+            socket: self.socket.clone(),
+            source,
+        };
+        let bad = |source| KeeperError::BadReply {
+            socket: self.socket.clone(),
+            source,
+        };
+        let message = serde_json::to_vec(&NamespaceRequest { op }).map_err(bad)?;
+        let (bytes, descriptors) = self
+            .exchange(&message, Instant::now() + own + REQUEST_TIMEOUT)
+            .map_err(unreachable)?;
+        let reply: NamespaceReply = serde_json::from_slice(&bytes).map_err(bad)?;
+        match reply.result {
+            Ok(answer) => Ok((answer, descriptors)),
+            Err(why) => Err(KeeperError::Refused { operation, why }),
+        }
+    }
+
+    fn exchange(&self, message: &[u8], deadline: Instant) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+        let connection = seqpacket::socket()?;
+        rustix::net::connect(&connection, &self.place.address()?)?;
+        seqpacket::send(&connection, message, &[])?;
+        seqpacket::receive(&connection, Some(deadline))?
+            .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    }
+}
+
+/// Reads the readiness line.
+fn wait_ready(pipe: &mut (impl Read + rustix::fd::AsFd), deadline: Instant) -> Result<(), String> {
+    let mut line = Vec::new();
+    let mut buffer = [0; 4096];
+    while !line.contains(&b'\n') {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match poll(
+            &mut [PollFd::new(pipe, PollFlags::IN)],
+            Some(&timespec(left)),
+        ) {
+            Ok(0) => return Err(format!("not ready within {} s", READY_TIMEOUT.as_secs())),
+            Ok(_) => {}
+            Err(Errno::INTR) => continue,
+            Err(error) => return Err(error.to_string()),
+        }
+        match pipe.read(&mut buffer) {
+            Ok(0) => return Err("it ended without a word".to_owned()),
+            Ok(read) if line.len() + read <= MAX_READY_BYTES => {
+                line.extend_from_slice(&buffer[..read]);
+            }
+            Ok(_) => return Err("it said too much".to_owned()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error.to_string()),
+        }
+    }
+    match serde_json::from_slice(&line) {
+        Ok(Readiness::Ready(_)) => Ok(()),
+        Ok(Readiness::Error(why)) => Err(why),
+        Err(_) => Err(format!(
+            "it said `{}`",
+            String::from_utf8_lossy(&line).trim().escape_debug()
+        )),
+    }
+}

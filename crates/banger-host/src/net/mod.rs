@@ -1,0 +1,9 @@
+//! The instance's network: its namespace, what is in it, and the veth that joins it to the host.
+
+pub mod host;
+pub mod keeper;
+pub mod links;
+pub mod namespace;
+pub mod nft;
+pub mod seqpacket;
+pub mod tap;

@@ -1,0 +1,1 @@
+//! What `banger-netns` does inside the namespace.
