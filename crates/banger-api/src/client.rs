@@ -1,0 +1,398 @@
+//! The client of the API over the daemon's Unix socket. CLI and TUI know the daemon only through it.
+
+use crate::endpoint::{Endpoint, encode, fill_path};
+use crate::error::{ErrorBody, ErrorCode};
+use crate::version::{BUILD_HEADER, IDEMPOTENCY_HEADER, VERSION_HEADER};
+use http_body_util::{BodyExt, Full};
+use hyper::body::{Bytes, Incoming};
+use hyper::{HeaderMap, Request, Response, StatusCode, header};
+use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
+use std::path::{Path, PathBuf};
+use tokio::net::UnixStream;
+
+/// The largest reply that is read as one JSON value, in bytes.
+const MAX_REPLY_BYTES: usize = 256 << 20;
+
+/// Why a call got no reply.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens on the socket.
+    #[error("cannot connect to the daemon's socket `{}`", socket.display())]
+    Connect {
+        /// The socket.
+        socket: PathBuf,
+        /// The system's error.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The conversation broke.
+    #[error("the daemon broke off its reply to {request}")]
+    Broken {
+        /// Method and path.
+        request: String,
+        /// HTTP's error.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The reply cannot be understood.
+    #[error("the daemon's reply to {request} cannot be read: {problem}")]
+    Unreadable {
+        /// Method and path.
+        request: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The daemon refused or failed.
+    #[error(transparent)]
+    Refused(#[from] ErrorBody),
+}
+
+impl ClientError {
+    /// The error as the CLI renders it.
+    pub fn to_body(&self) -> ErrorBody {
+        match self {
+            Self::Refused(body) => body.clone(),
+            Self::Connect { .. } | Self::Broken { .. } => {
+                ErrorBody::from_error(ErrorCode::DaemonUnreachable, self)
+                    .hint("`banger daemon logs` shows what the daemon said last")
+            }
+            Self::Unreadable { .. } => ErrorBody::from_error(ErrorCode::Internal, self)
+                .hint("client and daemon may be of different versions: `banger daemon restart`"),
+        }
+    }
+}
+
+/// Which daemon replied.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DaemonIdentity {
+    /// Its version.
+    pub version: String,
+    /// Its build.
+    pub build: String,
+}
+
+impl DaemonIdentity {
+    fn from_headers(headers: &HeaderMap) -> Self {
+        let text = |name| {
+            headers
+                .get(name)
+                .and_then(|value| value.to_str().ok())
+                .unwrap_or_default()
+                .to_owned()
+        };
+        Self {
+            version: text(VERSION_HEADER),
+            build: text(BUILD_HEADER),
+        }
+    }
+}
+
+/// A client. Each call makes a connection of its own.
+#[derive(Debug, Clone)]
+pub struct Client {
+    socket: PathBuf,
+}
+
+impl Client {
+    /// A client of the daemon at `socket`.
+    pub fn new(socket: impl Into<PathBuf>) -> Self {
+        Self {
+            socket: socket.into(),
+        }
+    }
+
+    /// The daemon's socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Calls an endpoint that answers one JSON value.
+    ///
+    /// # Errors
+    /// Nobody listens, the conversation breaks, or the daemon refuses.
+    pub async fn call<E: Endpoint>(
+        &self,
+        parameters: &[(&str, &str)],
+        request: &E::Request,
+    ) -> Result<E::Reply, ClientError> {
+        Ok(self
+            .call_identified::<E>(parameters, request, None)
+            .await?
+            .0)
+    }
+
+    /// Calls an endpoint with an idempotency key, and tells which daemon answered.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub async fn call_identified<E: Endpoint>(
+        &self,
+        parameters: &[(&str, &str)],
+        request: &E::Request,
+        idempotency_key: Option<&str>,
+    ) -> Result<(E::Reply, DaemonIdentity), ClientError> {
+        let (response, name) = self
+            .send::<E>(parameters, request, idempotency_key, false)
+            .await?;
+        let identity = DaemonIdentity::from_headers(response.headers());
+        let body = collect(response, &name).await?;
+        Ok((parse(&body, &name)?, identity))
+    }
+
+    /// Calls an endpoint that answers a stream; read it with [`Lines`] or [`Chunks`].
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub async fn stream<E: Endpoint>(
+        &self,
+        parameters: &[(&str, &str)],
+        request: &E::Request,
+    ) -> Result<Chunks, ClientError> {
+        let (response, name) = self.send::<E>(parameters, request, None, false).await?;
+        Ok(Chunks {
+            body: response.into_body(),
+            name,
+        })
+    }
+
+    /// Calls an endpoint that answers one JSON value a line.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub async fn lines<E: Endpoint>(
+        &self,
+        parameters: &[(&str, &str)],
+        request: &E::Request,
+    ) -> Result<Lines<E::Reply>, ClientError> {
+        let chunks = self.stream::<E>(parameters, request).await?;
+        Ok(Lines {
+            chunks,
+            buffer: Vec::new(),
+            reply: std::marker::PhantomData,
+        })
+    }
+
+    /// Calls an endpoint that upgrades to a two-way stream.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub async fn upgrade<E: Endpoint>(
+        &self,
+        parameters: &[(&str, &str)],
+        request: &E::Request,
+    ) -> Result<TokioIo<hyper::upgrade::Upgraded>, ClientError> {
+        let (response, name) = self.send::<E>(parameters, request, None, true).await?;
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            let problem = format!("status {} instead of an upgrade", response.status());
+            return Err(ClientError::Unreadable {
+                request: name,
+                problem,
+            });
+        }
+        let upgraded = hyper::upgrade::on(response).await;
+        upgraded
+            .map(TokioIo::new)
+            .map_err(|source| ClientError::Broken {
+                request: name,
+                source: source.into(),
+            })
+    }
+
+    async fn send<E: Endpoint>(
+        &self,
+        parameters: &[(&str, &str)],
+        request: &E::Request,
+        idempotency_key: Option<&str>,
+        upgrade: bool,
+    ) -> Result<(Response<Incoming>, String), ClientError> {
+        let path = fill_path(E::PATH, parameters);
+        let name = format!("{} {path}", E::METHOD);
+        let unreadable = |problem: String| ClientError::Unreadable {
+            request: name.clone(),
+            problem,
+        };
+        let value = serde_json::to_value(request).map_err(|error| unreadable(error.to_string()))?;
+        let (uri, body) = match E::METHOD {
+            "GET" | "DELETE" => (format!("{path}{}", query(&value)), Bytes::new()),
+            _ => (path, Bytes::from(value.to_string())),
+        };
+        let mut builder = Request::builder()
+            .method(E::METHOD)
+            .uri(uri)
+            .header(header::HOST, "banger");
+        if !body.is_empty() {
+            builder = builder.header(header::CONTENT_TYPE, "application/json");
+        }
+        if let Some(key) = idempotency_key {
+            builder = builder.header(IDEMPOTENCY_HEADER, key);
+        }
+        if upgrade {
+            builder = builder
+                .header(header::CONNECTION, "upgrade")
+                .header(header::UPGRADE, "banger-stream");
+        }
+        let request = builder
+            .body(Full::new(body))
+            .map_err(|error| unreadable(error.to_string()))?;
+        let stream = connect(&self.socket)
+            .await
+            .map_err(|source| ClientError::Connect {
+                socket: self.socket.clone(),
+                source,
+            })?;
+        let broken = |source: hyper::Error| ClientError::Broken {
+            request: name.clone(),
+            source: Box::new(source),
+        };
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(broken)?;
+        tokio::spawn(connection.with_upgrades());
+        let response = sender.send_request(request).await.map_err(broken)?;
+        if response.status().is_client_error() || response.status().is_server_error() {
+            let status = response.status();
+            let body = collect(response, &name).await?;
+            return Err(match serde_json::from_slice::<ErrorBody>(&body) {
+                Ok(error) => error.into(),
+                Err(_) => ClientError::Unreadable {
+                    request: name,
+                    problem: format!("status {status}"),
+                },
+            });
+        }
+        Ok((response, name))
+    }
+}
+
+/// Connects through `/proc/self/fd`, since a socket's path may be longer than an address can hold.
+async fn connect(socket: &Path) -> std::io::Result<UnixStream> {
+    use std::os::fd::AsRawFd;
+    let (Some(folder), Some(name)) = (socket.parent(), socket.file_name()) else {
+        return Err(std::io::ErrorKind::InvalidInput.into());
+    };
+    if socket.as_os_str().len() < 100 {
+        return UnixStream::connect(socket).await;
+    }
+    let folder = std::fs::File::open(folder)?;
+    let short = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd())).join(name);
+    UnixStream::connect(short).await
+}
+
+/// The members of an object as `?name=value&…`; `null` is left out.
+fn query(value: &serde_json::Value) -> String {
+    let serde_json::Value::Object(members) = value else {
+        return String::new();
+    };
+    let pairs: Vec<String> = members
+        .iter()
+        .filter_map(|(name, value)| {
+            let text = match value {
+                serde_json::Value::Null => return None,
+                serde_json::Value::String(text) => text.clone(),
+                other => other.to_string(),
+            };
+            Some(format!("{}={}", encode(name), encode(&text)))
+        })
+        .collect();
+    if pairs.is_empty() {
+        String::new()
+    } else {
+        format!("?{}", pairs.join("&"))
+    }
+}
+
+async fn collect(response: Response<Incoming>, name: &str) -> Result<Bytes, ClientError> {
+    let body = http_body_util::Limited::new(response.into_body(), MAX_REPLY_BYTES);
+    let collected = body.collect().await;
+    collected
+        .map(|body| body.to_bytes())
+        .map_err(|source| ClientError::Broken {
+            request: name.to_owned(),
+            source,
+        })
+}
+
+fn parse<T: DeserializeOwned>(body: &[u8], name: &str) -> Result<T, ClientError> {
+    serde_json::from_slice(body).map_err(|error| ClientError::Unreadable {
+        request: name.to_owned(),
+        problem: error.to_string(),
+    })
+}
+
+/// A stream of bytes.
+#[derive(Debug)]
+pub struct Chunks {
+    body: Incoming,
+    name: String,
+}
+
+impl Chunks {
+    /// The next bytes; `None` at the end.
+    ///
+    /// # Errors
+    /// The conversation broke.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, ClientError> {
+        loop {
+            match self.body.frame().await {
+                None => return Ok(None),
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        return Ok(Some(data));
+                    }
+                }
+                Some(Err(source)) => {
+                    return Err(ClientError::Broken {
+                        request: self.name.clone(),
+                        source: Box::new(source),
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// A stream of JSON values, one a line.
+#[derive(Debug)]
+pub struct Lines<T> {
+    chunks: Chunks,
+    buffer: Vec<u8>,
+    reply: std::marker::PhantomData<fn() -> T>,
+}
+
+impl<T: DeserializeOwned> Lines<T> {
+    /// The next value; `None` at the end.
+    ///
+    /// # Errors
+    /// The conversation broke, or a line is not what was promised.
+    pub async fn next(&mut self) -> Result<Option<T>, ClientError> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|&byte| byte == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                if line.len() > 1 {
+                    return parse(&line, &self.chunks.name).map(Some);
+                }
+                continue;
+            }
+            match self.chunks.next().await? {
+                Some(data) => self.buffer.extend_from_slice(&data),
+                None => return Ok(None),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_query_leaves_out_what_is_not_said() {
+        let value = serde_json::json!({"force": true, "after": null, "name": "a&b=c", "n": 3});
+        assert_eq!(
+            query(&value),
+            "?after=&force=true&n=3&name=a%26b%3Dc".replace("after=&", "")
+        );
+        assert_eq!(query(&serde_json::json!({})), "");
+    }
+}
