@@ -1,0 +1,201 @@
+//! QEMU's command line. QEMU 7.2 and later take it.
+
+use crate::driver::{
+    Accelerator, Capabilities, MachineConfig, Plan, PlanError, Vmm, absolute, command_line,
+};
+use crate::protocol::Control;
+use banger_core::spec::Driver;
+use std::path::{Path, PathBuf};
+
+/// The name of the QMP socket in the run folder.
+pub const QMP_SOCKET: &str = "qmp.sock";
+/// The name of the agent's socket in the run folder.
+pub const AGENT_SOCKET: &str = "agent.sock";
+/// The kernel's command line: nothing waits, nothing chatters, a panic resets at once.
+pub const KERNEL_COMMAND_LINE: &str =
+    "console=ttyS0 reboot=t panic=-1 quiet loglevel=3 cryptomgr.notests";
+
+/// An emulated CPU with what Debian's userland wants and little more: each feature costs boot time. Without RDRAND
+/// a guest waits a second for its random pool.
+const EMULATED_CPU: &str = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand,+rdseed,+aes,+pclmulqdq";
+/// The lean `q35`: without these devices its firmware and the guest's kernel have less to look for.
+const MACHINE: &str = "q35,sata=off,smbus=off,hpet=off,vmport=off,smm=off";
+const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+/// PCI slot of the first drive; the slots before it are the machine's own. Explicit slots fix the guest's order.
+const FIRST_DRIVE_SLOT: usize = 2;
+const MAX_DRIVES: usize = 16;
+const MAX_VCPUS: u32 = 255;
+
+/// Where distributions keep qboot, the firmware that boots in a tenth of SeaBIOS' time.
+const FIRMWARE: [&str; 4] = [
+    "/usr/share/qemu/qboot.rom",
+    "/usr/share/qboot/bios.bin",
+    "/usr/lib/qemu/qboot.rom",
+    "/usr/local/share/qemu/qboot.rom",
+];
+
+/// Finds `qboot.rom`, if QEMU brought one. Reads the file system; to be called once.
+pub fn find_firmware() -> Option<PathBuf> {
+    FIRMWARE
+        .iter()
+        .map(PathBuf::from)
+        .find(|path| path.is_file())
+}
+
+/// The QEMU driver.
+#[derive(Debug, Clone)]
+pub struct Qemu {
+    program: PathBuf,
+}
+
+impl Qemu {
+    /// A driver that runs `program`, a `qemu-system-x86_64`.
+    pub fn new(program: impl Into<PathBuf>) -> Self {
+        Self {
+            program: program.into(),
+        }
+    }
+}
+
+/// A value of a comma-separated option: QEMU reads a doubled comma as one.
+fn escaped(path: &Path) -> Result<String, PlanError> {
+    Ok(absolute(path)?.replace(',', ",,"))
+}
+
+impl Vmm for Qemu {
+    fn driver(&self) -> Driver {
+        Driver::Qemu
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            pause: true,
+            graceful_stop: true,
+            snapshot: false,
+            emulation: true,
+            pause_on_full_disk: true,
+            ends_on_poweroff: true,
+            vsock: false,
+        }
+    }
+
+    fn plan(&self, machine: &MachineConfig) -> Result<Plan, PlanError> {
+        machine.check()?;
+        absolute(&machine.run_dir)?;
+        let too_many = |what, max: u32, asked: u32| PlanError::TooMany {
+            driver: Driver::Qemu,
+            what,
+            max,
+            asked,
+        };
+        if machine.vcpus > MAX_VCPUS {
+            return Err(too_many("vCPUs", MAX_VCPUS, machine.vcpus));
+        }
+        let drives = machine.drives.len();
+        if drives > MAX_DRIVES {
+            return Err(too_many("drives", MAX_DRIVES as u32, drives as u32));
+        }
+        let mut args = Arguments::default();
+        for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
+            args.flag(flag);
+        }
+        args.option("-display", "none");
+        args.option("-name", format!("guest={}", machine.name));
+        args.option("-machine", MACHINE);
+        match machine.accelerator {
+            Accelerator::Kvm => {
+                args.option("-accel", "kvm");
+                args.option("-cpu", "host");
+            }
+            // Several emulating threads crash now and then: the guest's kernel patches code that another runs.
+            Accelerator::Tcg => {
+                args.option("-accel", "tcg,thread=single");
+                args.option("-cpu", EMULATED_CPU);
+            }
+        }
+        args.option("-smp", machine.vcpus.to_string());
+        args.option("-m", format!("{}M", machine.memory_mib));
+        if let Some(firmware) = &machine.firmware {
+            args.option("-bios", absolute(firmware)?);
+        }
+        args.option("-kernel", absolute(&machine.kernel)?);
+        args.option("-initrd", absolute(&machine.initrd)?);
+        args.option("-append", command_line(KERNEL_COMMAND_LINE, machine)?);
+        args.option("-sandbox", SANDBOX);
+        args.option("-chardev", "stdio,id=console,signal=off");
+        args.option("-serial", "chardev:console");
+        args.option("-monitor", "none");
+        args.option("-qmp", format!("unix:{QMP_SOCKET},server=on,wait=off"));
+        for (index, drive) in machine.drives.iter().enumerate() {
+            let path = escaped(&drive.path)?;
+            let read_only = if drive.read_only {
+                "readonly=on"
+            } else {
+                "discard=unmap"
+            };
+            args.option(
+                "-drive",
+                format!(
+                    "if=none,id=drive{index},format=raw,cache=writeback,{read_only},file={path}"
+                ),
+            );
+            // A full host pauses the guest and loses no write; any other error is the guest's to see.
+            let on_error = if drive.read_only {
+                ""
+            } else {
+                ",werror=enospc"
+            };
+            let slot = FIRST_DRIVE_SLOT + index;
+            args.option(
+                "-device",
+                format!("virtio-blk-pci,drive=drive{index},addr={slot:#x}{on_error}"),
+            );
+        }
+        args.option("-device", "virtio-serial-pci,max_ports=2");
+        args.option(
+            "-chardev",
+            format!("socket,id=agent,path={AGENT_SOCKET},server=on,wait=off"),
+        );
+        args.option(
+            "-device",
+            format!(
+                "virtserialport,chardev=agent,id=agent,name={}",
+                banger_guest::agent_protocol::PORT_NAME
+            ),
+        );
+        if let Some(nic) = &machine.nic {
+            args.option(
+                "-netdev",
+                format!("tap,id=nic,ifname={},script=no,downscript=no", nic.tap),
+            );
+            args.option(
+                "-device",
+                format!("virtio-net-pci,netdev=nic,romfile=,mac={}", nic.mac),
+            );
+        }
+        args.option("-device", "virtio-rng-pci");
+        Ok(Plan {
+            program: self.program.clone(),
+            args: args.0,
+            control: Control::Qemu {
+                qmp_socket: machine.run_dir.join(QMP_SOCKET),
+                agent_socket: machine.run_dir.join(AGENT_SOCKET),
+            },
+            files: Vec::new(),
+        })
+    }
+}
+
+#[derive(Default)]
+struct Arguments(Vec<String>);
+
+impl Arguments {
+    fn flag(&mut self, name: &str) {
+        self.0.push(name.to_owned());
+    }
+
+    fn option(&mut self, name: &str, value: impl Into<String>) {
+        self.flag(name);
+        self.0.push(value.into());
+    }
+}
