@@ -1,2 +1,92 @@
-//! Skeleton.
-fn main() {}
+//! `banger-netns`: keeps the instance's network namespace and works in it.
+
+use banger_helper::enter;
+use banger_helper::serve::Server;
+use banger_host::error_chain;
+use banger_host::net::keeper::Readiness;
+use std::ffi::OsString;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const USAGE: &str =
+    "usage: banger-netns --socket PATH [--user-namespace]\n       banger-netns --probe-kvm";
+
+/// What the command line asks for.
+enum Task {
+    Keep {
+        socket: PathBuf,
+        user_namespace: bool,
+    },
+    ProbeKvm,
+}
+
+fn main() -> ExitCode {
+    match parse(std::env::args_os().skip(1)) {
+        Some(Task::Keep {
+            socket,
+            user_namespace,
+        }) => keep(&socket, user_namespace),
+        Some(Task::ProbeKvm) => banger_host::probe::child_main(),
+        None => {
+            let _ = writeln!(std::io::stderr(), "{USAGE}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn parse(mut args: impl Iterator<Item = OsString>) -> Option<Task> {
+    let mut socket = None;
+    let mut user_namespace = false;
+    while let Some(arg) = args.next() {
+        match arg.to_str() {
+            Some("--socket") => socket = Some(PathBuf::from(args.next()?)),
+            Some("--user-namespace") => user_namespace = true,
+            Some("--probe-kvm") if socket.is_none() && !user_namespace => {
+                return args.next().is_none().then_some(Task::ProbeKvm);
+            }
+            _ => return None,
+        }
+    }
+    Some(Task::Keep {
+        socket: socket?,
+        user_namespace,
+    })
+}
+
+fn keep(socket: &std::path::Path, user_namespace: bool) -> ExitCode {
+    // Already a leader of its own when a shell started it; that is as good.
+    let _ = rustix::process::setsid();
+    let server = match enter::enter(user_namespace) {
+        Ok(()) => Server::listen(socket, user_namespace).map_err(|error| error_chain(&error)),
+        Err(error) => Err(error_chain(&error)),
+    };
+    let server = match server {
+        Ok(server) => server,
+        Err(why) => {
+            say(&Readiness::Error(why));
+            return ExitCode::FAILURE;
+        }
+    };
+    // Nothing of the starter's is held on to: neither its directory nor its pipe.
+    let _ = rustix::process::chdir("/");
+    say(&Readiness::Ready(true));
+    if let Ok(null) = std::fs::File::options().write(true).open("/dev/null") {
+        let _ = rustix::stdio::dup2_stdout(&null);
+    }
+    match server.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "banger-netns: {}", error_chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn say(readiness: &Readiness) {
+    let mut line = serde_json::to_vec(readiness).unwrap_or_default();
+    line.push(b'\n');
+    let mut stdout = std::io::stdout().lock();
+    let _ = stdout.write_all(&line);
+    let _ = stdout.flush();
+}

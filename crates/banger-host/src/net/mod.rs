@@ -1,5 +1,6 @@
 //! The instance's network: its namespace, what is in it, and the veth that joins it to the host.
 
+pub mod connect;
 pub mod host;
 pub mod keeper;
 pub mod links;

@@ -48,3 +48,8 @@ pub fn cached(
 pub fn kernel_boots(qemu: &Path, vmlinux: &Path, timeout: Duration) -> Verdict {
     Verdict::NoDevice
 }
+
+/// What the child process of [`run`] does: probes, writes the verdict to standard output as JSON.
+pub fn child_main() -> std::process::ExitCode {
+    std::process::ExitCode::FAILURE
+}
