@@ -81,3 +81,64 @@ pub enum ToGuest {
     /// Answer [`FromGuest::Pong`].
     Ping,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_guest_says_has_these_forms() {
+        let forms = [
+            (
+                FromGuest::Stage {
+                    stage: GuestStage::ImageInit,
+                    uptime_ms: 1234,
+                },
+                r#"{"type":"stage","stage":"image-init","uptime_ms":1234}"#,
+            ),
+            (FromGuest::Ready, r#"{"type":"ready"}"#),
+            (
+                FromGuest::Bye {
+                    end: GuestEnd::Poweroff,
+                },
+                r#"{"type":"bye","end":"poweroff"}"#,
+            ),
+            (FromGuest::Pong, r#"{"type":"pong"}"#),
+            (
+                FromGuest::Warning {
+                    text: "a \"b\"".to_owned(),
+                },
+                r#"{"type":"warning","text":"a \"b\""}"#,
+            ),
+        ];
+        for (message, form) in forms {
+            assert_eq!(serde_json::to_string(&message).unwrap(), form);
+            let back: FromGuest = serde_json::from_str(form).unwrap();
+            assert_eq!(back, message);
+        }
+    }
+
+    #[test]
+    fn what_the_guest_is_told_has_these_forms() {
+        let forms = [
+            (ToGuest::Poweroff, r#"{"type":"poweroff"}"#),
+            (
+                ToGuest::SetClock { unix_ns: -1 },
+                r#"{"type":"set-clock","unix_ns":-1}"#,
+            ),
+            (ToGuest::Ping, r#"{"type":"ping"}"#),
+        ];
+        for (message, form) in forms {
+            assert_eq!(serde_json::to_string(&message).unwrap(), form);
+            let back: ToGuest = serde_json::from_str(form).unwrap();
+            assert_eq!(back, message);
+        }
+    }
+
+    #[test]
+    fn stages_are_ordered_as_they_are_reached() {
+        assert!(GuestStage::Init < GuestStage::ImageInit);
+        assert!(GuestStage::ImageInit < GuestStage::Agent);
+        assert!(GuestStage::Agent < GuestStage::Ssh);
+    }
+}

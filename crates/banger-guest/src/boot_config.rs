@@ -161,3 +161,119 @@ impl BootConfig {
         serde_json::from_slice(json).map_err(|error| BootConfigError::Json(error.to_string()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> BootConfig {
+        let drive = |role, uuid: Option<&str>| Drive {
+            role,
+            uuid: uuid.map(str::to_owned),
+            read_only: role != DriveRole::Disk,
+            grow: false,
+            mount_at: None,
+        };
+        BootConfig {
+            hostname: "calm-otter".to_owned(),
+            vm_id: "0192f3a4-1111-7222-8333-444455556666".to_owned(),
+            authorized_keys: vec!["ssh-ed25519 AAAA me".to_owned()],
+            host_key: "private".to_owned(),
+            host_key_public: "public".to_owned(),
+            network: Some(Network {
+                mac: "02:00:00:00:00:01".to_owned(),
+                address: Ipv4Addr::new(172, 16, 0, 2),
+                prefix: 20,
+                gateway: Ipv4Addr::new(172, 16, 0, 1),
+                dns: vec![Ipv4Addr::new(172, 16, 0, 1)],
+            }),
+            seed: "00".repeat(32),
+            time: 1_800_000_000,
+            drives: vec![
+                drive(
+                    DriveRole::Root,
+                    Some("a0a1a2a3-a4a5-a6a7-a8a9-aaabacadaeaf"),
+                ),
+                drive(DriveRole::Config, None),
+            ],
+            init: "/sbin/init".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_config_drive_reads_back_as_what_was_written() {
+        let drive = config().to_drive().unwrap();
+        assert_eq!(drive.len() % BLOCK_BYTES, 0);
+        assert_eq!(BootConfig::from_drive(&drive).unwrap(), config());
+    }
+
+    #[test]
+    fn bytes_after_the_json_are_ignored() {
+        let mut drive = config().to_drive().unwrap();
+        drive.extend_from_slice(b"whatever");
+        assert_eq!(BootConfig::from_drive(&drive).unwrap(), config());
+    }
+
+    #[test]
+    fn a_drive_cut_off_anywhere_is_an_error() {
+        let drive = config().to_drive().unwrap();
+        let length = drive
+            .iter()
+            .rposition(|byte| *byte != 0)
+            .expect("the JSON is not empty");
+        for end in 0..=length {
+            let error = BootConfig::from_drive(&drive[..end]).unwrap_err();
+            assert_eq!(error, BootConfigError::Truncated, "cut at {end}");
+        }
+    }
+
+    #[test]
+    fn every_changed_byte_is_noticed() {
+        let drive = config().to_drive().unwrap();
+        for at in [0, 7, 8, 12, 16, 100] {
+            let mut changed = drive.clone();
+            changed[at] ^= 1;
+            BootConfig::from_drive(&changed).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn a_drive_without_the_magic_is_refused_as_such() {
+        let drive = [0; 4096];
+        assert_eq!(BootConfig::from_drive(&drive), Err(BootConfigError::Magic));
+    }
+
+    #[test]
+    fn a_length_beyond_the_limit_is_refused_before_it_is_believed() {
+        let mut drive = config().to_drive().unwrap();
+        drive[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
+        let error = BootConfig::from_drive(&drive).unwrap_err();
+        assert_eq!(error, BootConfigError::TooLong(u32::MAX as usize));
+    }
+
+    #[test]
+    fn the_largest_config_fits_and_one_byte_more_does_not() {
+        let mut config = config();
+        let json = serde_json::to_vec(&config).unwrap().len();
+        let room = MAX_DRIVE_BYTES - HEADER_BYTES - json;
+        config.hostname.push_str(&"x".repeat(room));
+        let drive = config.to_drive().unwrap();
+        assert_eq!(drive.len(), MAX_DRIVE_BYTES);
+        assert_eq!(BootConfig::from_drive(&drive).unwrap(), config);
+        config.hostname.push('x');
+        let error = config.to_drive().unwrap_err();
+        let length = MAX_DRIVE_BYTES - HEADER_BYTES + 1;
+        assert_eq!(error, BootConfigError::TooLong(length));
+    }
+
+    #[test]
+    fn json_that_is_no_boot_config_is_refused() {
+        let json = br#"{"hostname":"x","surprise":1}"#;
+        let mut drive = MAGIC.to_vec();
+        drive.extend_from_slice(&(json.len() as u32).to_le_bytes());
+        drive.extend_from_slice(&crc32c::crc32c(json).to_le_bytes());
+        drive.extend_from_slice(json);
+        let error = BootConfig::from_drive(&drive).unwrap_err();
+        assert!(matches!(error, BootConfigError::Json(_)), "{error}");
+    }
+}
