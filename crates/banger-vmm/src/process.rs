@@ -1,0 +1,146 @@
+//! Processes by pidfd: a number may name another process by the time it is used, a pidfd cannot.
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::{Pid, PidfdFlags, Signal};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Which file it is, whatever it is called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    pub(crate) fn of(path: &Path) -> io::Result<Self> {
+        let metadata = std::fs::metadata(path)?;
+        Ok(Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        })
+    }
+}
+
+/// Why a holder of a lock was not signalled.
+#[derive(Debug, thiserror::Error)]
+pub enum KillError {
+    /// The process is gone, or is another one that does not hold the lock.
+    #[error("process {pid} does not hold the lock `{}`", lock.display())]
+    NotHolder {
+        /// The process.
+        pid: i32,
+        /// The lock.
+        lock: PathBuf,
+    },
+    /// The signal could not be sent.
+    #[error("cannot signal process {pid}")]
+    Io {
+        /// The process.
+        pid: i32,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A pidfd of `pid`.
+pub fn open(pid: i32) -> io::Result<OwnedFd> {
+    let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
+}
+
+/// Whether process `pid` has that very file open, by a description that carries a lock.
+pub(crate) fn holds(pid: i32, lock: FileId) -> bool {
+    let Ok(descriptors) = std::fs::read_dir(format!("/proc/{pid}/fd")) else {
+        return false;
+    };
+    descriptors
+        .flatten()
+        .filter(|descriptor| FileId::of(&descriptor.path()).is_ok_and(|file| file == lock))
+        .any(|descriptor| {
+            let name = descriptor.file_name();
+            let info = format!("/proc/{pid}/fdinfo/{}", name.to_string_lossy());
+            std::fs::read_to_string(info).is_ok_and(|info| {
+                info.lines()
+                    .any(|line| line.starts_with("lock:") && line.contains("FLOCK"))
+            })
+        })
+}
+
+/// Sends `signal` to process `pid` if, and only if, it holds the lock at `lock`.
+///
+/// The process is pinned first and looked at afterwards, so that no other one can be hit.
+pub fn kill_holder(pid: i32, lock: &Path, signal: Signal) -> Result<(), KillError> {
+    let not_holder = || KillError::NotHolder {
+        pid,
+        lock: lock.to_owned(),
+    };
+    let failed = |source| KillError::Io { pid, source };
+    let pidfd = match open(pid) {
+        Ok(pidfd) => pidfd,
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => {
+            return Err(not_holder());
+        }
+        Err(error) => return Err(failed(error)),
+    };
+    let file = FileId::of(lock).map_err(failed)?;
+    if !holds(pid, file) {
+        return Err(not_holder());
+    }
+    rustix::process::pidfd_send_signal(&pidfd, signal).map_err(|error| failed(error.into()))
+}
+
+/// Waits until one of the processes has ended, at most for `limit`. Tells whether one has.
+pub fn wait_any(pidfds: &[OwnedFd], limit: Duration) -> io::Result<bool> {
+    let mut polled: Vec<PollFd<'_>> = pidfds
+        .iter()
+        .map(|pidfd| PollFd::new(pidfd, PollFlags::IN))
+        .collect();
+    match rustix::event::poll(&mut polled, Some(&timespec(limit))) {
+        Ok(ready) => Ok(ready > 0),
+        Err(rustix::io::Errno::INTR) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+pub(crate) fn timespec(duration: Duration) -> Timespec {
+    Timespec {
+        tv_sec: duration.as_secs().min(i32::MAX as u64) as i64,
+        tv_nsec: duration.subsec_nanos().into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_does_not_hold_the_lock_is_never_signalled() {
+        let folder = tempfile::tempdir().unwrap();
+        let lock = folder.path().join("vm.lock");
+        std::fs::write(&lock, "").unwrap();
+        // Open, but not locked: this test itself would die if it were taken for a holder.
+        let _open = std::fs::File::open(&lock).unwrap();
+        let own = std::process::id() as i32;
+        assert!(matches!(
+            kill_holder(own, &lock, Signal::KILL),
+            Err(KillError::NotHolder { .. })
+        ));
+    }
+
+    #[test]
+    fn a_file_is_held_only_where_its_description_carries_the_lock() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("vm.lock");
+        let own = std::process::id() as i32;
+        let lock = crate::lock::try_lock(&path).unwrap();
+        let file = FileId::of(&path).unwrap();
+        assert!(holds(own, file));
+        drop(lock);
+        assert!(!holds(own, file));
+    }
+}

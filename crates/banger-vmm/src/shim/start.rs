@@ -1,0 +1,264 @@
+//! From a launch message to a VMM that has given its first sign of life.
+
+use super::agent::Agent;
+use super::clients::Clients;
+use super::control::{Connected, Controller, Notice};
+use super::machine::{Files, Machine};
+use crate::console::RingWriter;
+use crate::protocol::{Control, Descriptor, Launch};
+use crate::{process, socket};
+use rustix::event::{PollFd, PollFlags};
+use rustix::fs::inotify;
+use rustix::fs::{FlockOperation, Mode};
+use rustix::io::FdFlags;
+use rustix::thread::LinkNameSpaceType;
+use std::fmt::Display;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long a VMM may take to answer for the first time. Usually it takes a tenth of a second.
+const LIFE_LIMIT: Duration = Duration::from_secs(10);
+/// When to try again where a socket is there but nobody listens yet: this moment has no event.
+const CONNECT_RETRY: Duration = Duration::from_millis(10);
+const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Why a VMM was not started. Everything is gone again.
+pub(super) struct Failure {
+    pub(super) error: String,
+    pub(super) stderr: String,
+}
+
+impl From<String> for Failure {
+    fn from(error: String) -> Self {
+        Self {
+            error,
+            stderr: String::new(),
+        }
+    }
+}
+
+fn failed<E: Display>(what: impl Display) -> impl FnOnce(E) -> Failure {
+    move |error| format!("{what}: {error}").into()
+}
+
+/// Starts the VMM of `launch`.
+pub(super) fn start(launch: Launch, descriptors: Vec<OwnedFd>) -> Result<Machine, Failure> {
+    // A session of its own: no terminal's signal reaches it. It fails only where there is one already.
+    let _ = rustix::process::setsid();
+    rustix::process::umask(Mode::from_raw_mode(0o077));
+    let kept = take_descriptors(&launch, descriptors)?;
+    let run_dir: PathBuf = launch
+        .shim_socket
+        .parent()
+        .filter(|folder| folder.is_absolute())
+        .ok_or_else(|| format!("`{}` is no absolute path", launch.shim_socket.display()))?
+        .to_owned();
+    let console = RingWriter::open(launch.console.clone()).map_err(failed(format!(
+        "cannot open `{}`",
+        launch.console.path.display()
+    )))?;
+    let log = RingWriter::open(launch.log.clone()).map_err(failed(format!(
+        "cannot open `{}`",
+        launch.log.path.display()
+    )))?;
+    // Sockets of an earlier run would be mistaken for ours, and Firecracker refuses to start over them.
+    for path in sockets_of(&launch.control) {
+        socket::remove(path).map_err(failed(format!("cannot remove `{}`", path.display())))?;
+    }
+    let listener = socket::listen(&launch.shim_socket).map_err(failed(format!(
+        "cannot listen at `{}`",
+        launch.shim_socket.display()
+    )))?;
+    let agent = Agent::prepare(&launch.control).map_err(failed("cannot listen for the agent"))?;
+    let watch = watch(&run_dir).map_err(failed(format!("cannot watch `{}`", run_dir.display())))?;
+
+    let started = Instant::now();
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the one exec of a VMM: a long-lived child that outlives its parent"
+    )]
+    let child = Command::new(&launch.program)
+        .args(&launch.args)
+        .env_clear()
+        .env("PATH", SEARCH_PATH)
+        .current_dir(&run_dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let child = match child {
+        Ok(child) => child,
+        Err(error) => {
+            remove_sockets(&launch, &agent);
+            return Err(format!("cannot start `{}`: {error}", launch.program.display()).into());
+        }
+    };
+    // Only now: an ignored signal is inherited, and the VMM must hear SIGTERM.
+    ignore_signals();
+    let files = Files { console, log, kept };
+    let control = Controller::new(&launch.control);
+    let clients = Clients::new(listener);
+    let mut machine = Machine::new(launch, child, started, files, control, agent, clients)
+        .map_err(failed("cannot watch the VMM"))?;
+    match prove_life(&mut machine, &watch, started) {
+        Ok(()) => Ok(machine),
+        Err(error) => Err(machine.abandon(error)),
+    }
+}
+
+/// Enters namespaces, checks the lock, and lets the VMM inherit what it must. Returns what the shim keeps open.
+fn take_descriptors(launch: &Launch, descriptors: Vec<OwnedFd>) -> Result<Vec<OwnedFd>, Failure> {
+    let mut kept = Vec::new();
+    let mut namespaces = Vec::new();
+    let mut locked = false;
+    for (kind, descriptor) in launch.descriptors.iter().zip(descriptors) {
+        match kind {
+            Descriptor::Lock => {
+                // Succeeds on the very description that carries the lock, and fails if another one does.
+                rustix::fs::flock(&descriptor, FlockOperation::NonBlockingLockExclusive)
+                    .map_err(failed("the VM's lock is held by somebody else"))?;
+                locked = true;
+                kept.push(descriptor);
+            }
+            Descriptor::Keepalive => kept.push(descriptor),
+            Descriptor::UserNamespace => namespaces.push((LinkNameSpaceType::User, descriptor)),
+            Descriptor::NetworkNamespace => {
+                namespaces.push((LinkNameSpaceType::Network, descriptor));
+            }
+        }
+    }
+    if !locked {
+        return Err("the launch brought no lock".to_owned().into());
+    }
+    // The user namespace first: the right to enter the other one comes from it.
+    namespaces.sort_by_key(|(kind, _)| !matches!(kind, LinkNameSpaceType::User));
+    for (kind, descriptor) in namespaces {
+        rustix::thread::move_into_link_name_space(descriptor.as_fd(), Some(kind))
+            .map_err(failed(format!("cannot enter the namespace ({kind:?})")))?;
+    }
+    for descriptor in &kept {
+        rustix::io::fcntl_setfd(descriptor, FdFlags::empty())
+            .map_err(failed("cannot hand on the lock"))?;
+    }
+    Ok(kept)
+}
+
+pub(super) fn sockets_of(control: &Control) -> [&Path; 2] {
+    match control {
+        Control::Qemu {
+            qmp_socket,
+            agent_socket,
+        } => [qmp_socket, agent_socket],
+        Control::Firecracker {
+            api_socket,
+            vsock_socket,
+        } => [api_socket, vsock_socket],
+    }
+}
+
+/// Removes all sockets of a run, as far as they are there.
+pub(super) fn remove_sockets(launch: &Launch, agent: &Agent) {
+    for path in sockets_of(&launch.control) {
+        let _ = socket::remove(path);
+    }
+    let _ = socket::remove(agent.path());
+    let _ = socket::remove(&launch.shim_socket);
+}
+
+fn watch(folder: &Path) -> rustix::io::Result<OwnedFd> {
+    let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+    inotify::add_watch(&watch, folder, inotify::WatchFlags::CREATE)?;
+    Ok(watch)
+}
+
+/// Waits until the VMM answers.
+fn prove_life(machine: &mut Machine, watch: &OwnedFd, started: Instant) -> Result<(), String> {
+    let program = machine.program();
+    let mut connected = Connected::Absent;
+    loop {
+        if connected != Connected::Yes {
+            connected = machine
+                .control
+                .connect()
+                .map_err(|error| format!("cannot connect to `{program}`: {error}"))?;
+        }
+        let left = LIFE_LIMIT.saturating_sub(started.elapsed());
+        if left.is_zero() {
+            return Err(format!(
+                "`{program}` did not answer within {} seconds",
+                LIFE_LIMIT.as_secs()
+            ));
+        }
+        let limit = match connected {
+            Connected::Refused => left.min(CONNECT_RETRY),
+            _ => left,
+        };
+        let ready = {
+            let mut polled = vec![
+                PollFd::new(&machine.pidfd, PollFlags::IN),
+                PollFd::new(watch, PollFlags::IN),
+            ];
+            if let Some((control, _)) = machine.control.interest() {
+                polled.push(PollFd::from_borrowed_fd(control, PollFlags::IN));
+            }
+            for output in machine.outputs() {
+                polled.push(PollFd::from_borrowed_fd(output, PollFlags::IN));
+            }
+            match rustix::event::poll(&mut polled, Some(&process::timespec(limit))) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(format!("cannot wait for `{program}`: {error}")),
+            }
+            let ready = |index: usize| !polled[index].revents().is_empty();
+            (ready(0), ready(1))
+        };
+        machine.read_outputs();
+        if ready.0 {
+            return Err(machine.ended_early());
+        }
+        if ready.1 {
+            let mut events = [0; 4096];
+            let _ = rustix::io::read(watch, &mut events);
+        }
+        for notice in machine.control.work() {
+            match notice {
+                Notice::Done { result: Ok(()), .. } => return machine.alive(),
+                Notice::Done {
+                    result: Err(error), ..
+                } => {
+                    return Err(format!("`{program}` refused: {error}"));
+                }
+                Notice::Lost => {
+                    // It is ending: its exit, which comes next, tells more.
+                    connected = Connected::Yes;
+                }
+                Notice::Event(event) => machine.qmp_event(event),
+            }
+        }
+    }
+}
+
+/// Lets go of the socket on standard input.
+pub(super) fn detach_stdin() {
+    let null = rustix::fs::open(
+        "/dev/null",
+        rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC,
+        Mode::empty(),
+    );
+    if let Ok(null) = null {
+        let _ = rustix::stdio::dup2_stdin(&null);
+    }
+}
+
+#[expect(unsafe_code, reason = "there is no safe call that ignores a signal")]
+fn ignore_signals() {
+    const SIG_IGN: usize = 1;
+    unsafe extern "C" {
+        safe fn signal(number: i32, handler: usize) -> usize;
+    }
+    use rustix::process::Signal;
+    for number in [Signal::TERM, Signal::INT, Signal::HUP] {
+        signal(number.as_raw(), SIG_IGN);
+    }
+}
