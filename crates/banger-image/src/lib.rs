@@ -12,6 +12,12 @@ pub mod kernel;
 pub mod store;
 pub mod template;
 
+mod apt;
+mod ext4;
+mod run;
+mod tree;
+mod unpack;
+
 pub use context::{Context, Progress};
 pub use error::BuildError;
 pub use store::{publish, remove};

@@ -29,6 +29,12 @@ pub fn remove(dir: &Path) -> Result<(), BuildError> {
     }
 }
 
+/// The time in seconds since 1970.
+pub(crate) fn now() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |duration| i64::try_from(duration.as_secs()).unwrap_or(0))
+}
+
 /// Reads the JSON file `path`, which is to be small.
 pub(crate) fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, BuildError> {
     let json = std::fs::read(path).map_err(BuildError::io("read", path))?;

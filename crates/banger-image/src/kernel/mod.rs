@@ -1,10 +1,21 @@
 //! Kernel bundles: `vmlinux`, banger's initrd for it, and `modules.img`.
 
+mod index;
+mod initrd;
+mod modules;
+mod source;
+mod vmlinux;
+
 use crate::context::Context;
 use crate::error::BuildError;
+use crate::ext4::{self, hex};
+use crate::store::{now, replace, write_json};
 use banger_core::id::KernelId;
 use banger_core::name::KernelName;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use source::gather;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// The kernel's ELF, in a bundle's folder.
@@ -92,21 +103,139 @@ pub struct KernelManifest {
 }
 
 /// Makes a kernel bundle in the folder `staging`, with the static `banger-init` from `init` in its initrd.
+///
+/// A wanted module that is neither there nor built in, and a kernel without a PVH entry, are recorded in the manifest
+/// and no error.
 pub fn build_kernel(
     request: &KernelRequest,
     init: &Path,
     staging: &Path,
     context: &Context,
 ) -> Result<KernelManifest, KernelError> {
-    let _ = (request, init, staging, context, INITRD_BASE);
-    unimplemented!()
+    std::fs::create_dir_all(staging).map_err(BuildError::io("create", staging))?;
+    let material = gather(&request.source, context)?;
+    let path = &material.origin;
+    let kernel = vmlinux::extract(material.kernel, path)?;
+    let release = match (material.release, kernel.release) {
+        (Some(release), _) | (None, Some(release)) => release,
+        (None, None) => {
+            let reason = format!("neither a modules folder nor `{}` names it", path.display());
+            return Err(BuildError::NoRelease { reason });
+        }
+    };
+    context.tell("kernel", &format!("Linux {release}"));
+    let vmlinux_sha256 = hex(&Sha256::digest(&kernel.elf));
+    write_file(&staging.join(VMLINUX), &kernel.elf)?;
+
+    let mut tree = material.modules;
+    let mtime = tree
+        .entries()
+        .map(|(_, entry)| entry.mtime)
+        .max()
+        .unwrap_or(0);
+    let modules = modules::scan(&tree, context)?;
+    let builtin = match tree.file("modules.builtin") {
+        Some(content) => {
+            let text = content.read("modules.builtin", 16 << 20)?;
+            modules::builtin(&String::from_utf8_lossy(&text))
+        }
+        None => BTreeSet::new(),
+    };
+    let optional = modules::OPTIONAL
+        .into_iter()
+        .filter(|name| modules.contains_key(*name));
+    let closure = modules::closure(optional.chain(modules::WANTED), &modules, &builtin);
+    let mut loaded = Vec::new();
+    for name in &closure.order {
+        let module = modules
+            .get(name)
+            .expect("the closure holds only modules that exist");
+        loaded.push((format!("{name}.ko"), modules::read(&tree, &module.path)?));
+    }
+    if !closure.missing.is_empty() {
+        tracing::warn!(release, missing = ?closure.missing, "modules that a guest may need are not there");
+    }
+
+    let base = initrd::base(&loaded).map_err(BuildError::io("make", &staging.join(INITRD_BASE)))?;
+    write_file(&staging.join(INITRD_BASE), &base)?;
+    let init_sha256 = write_initrd(staging, &base, init)?;
+
+    tree.remove("build");
+    tree.remove("source");
+    tree.directory("", 0o755, mtime);
+    modules::add_indices(&mut tree, &modules, mtime);
+    let uuid = ext4::uuid_of(&Sha256::digest(format!(
+        "{release} {vmlinux_sha256} {}",
+        tree.len()
+    )));
+    let layout = ext4::Layout {
+        uuid,
+        epoch: mtime,
+        label: "banger-modules",
+        journal_blocks: 1024,
+    };
+    context.tell("write", "writing the modules' filesystem");
+    ext4::write(&tree, &staging.join(MODULES_IMAGE), &layout, context)?;
+
+    let mut manifest = KernelManifest {
+        id: request.id,
+        name: request.name.clone(),
+        release,
+        source: material.source,
+        package: material.package,
+        vmlinux_sha256,
+        pvh: kernel.pvh,
+        modules_uuid: uuid.to_string(),
+        modules: closure.order,
+        missing_modules: closure.missing,
+        init_sha256,
+        bytes: 0,
+        created: now(),
+    };
+    manifest.bytes = size_of(staging)?;
+    write_json(&staging.join(MANIFEST), &manifest)?;
+    Ok(manifest)
 }
 
 /// Makes the initrd of the bundle in `kernel_dir` again if its `banger-init` is not the one in `init`. Says whether
-/// it did.
+/// it did. Running VMs keep the initrd that they booted with.
 pub fn refresh_initrd(kernel_dir: &Path, init: &Path) -> Result<bool, KernelError> {
-    let _ = (kernel_dir, init);
-    unimplemented!()
+    let mut manifest = read_manifest(kernel_dir)?;
+    let program = std::fs::read(init).map_err(BuildError::io("read", init))?;
+    if hex(&Sha256::digest(&program)) == manifest.init_sha256 && kernel_dir.join(INITRD).exists() {
+        return Ok(false);
+    }
+    let path = kernel_dir.join(INITRD_BASE);
+    let base = std::fs::read(&path).map_err(BuildError::io("read", &path))?;
+    // The manifest follows the initrd: after a crash in between, the initrd is made once more.
+    manifest.init_sha256 = write_initrd(kernel_dir, &base, init)?;
+    manifest.bytes = size_of(kernel_dir)?;
+    write_json(&kernel_dir.join(MANIFEST), &manifest)?;
+    Ok(true)
+}
+
+fn write_initrd(dir: &Path, base: &[u8], init: &Path) -> Result<String, BuildError> {
+    let program = std::fs::read(init).map_err(BuildError::io("read", init))?;
+    let path = dir.join(INITRD);
+    let tail = initrd::tail(base.len(), &program).map_err(BuildError::io("make", &path))?;
+    replace(&path, &[base, &tail])?;
+    Ok(hex(&Sha256::digest(&program)))
+}
+
+fn write_file(path: &Path, content: &[u8]) -> Result<(), BuildError> {
+    std::fs::write(path, content).map_err(BuildError::io("write", path))
+}
+
+/// The size of the files in a bundle's folder, its manifest excepted.
+fn size_of(dir: &Path) -> Result<u64, BuildError> {
+    [VMLINUX, INITRD, INITRD_BASE, MODULES_IMAGE]
+        .map(|name| dir.join(name))
+        .iter()
+        .map(|path| {
+            let metadata = std::fs::metadata(path).map_err(BuildError::io("look at", path))?;
+            Ok(metadata.len())
+        })
+        .sum()
 }
 
 /// Reads the manifest of the bundle in `kernel_dir`.
