@@ -35,6 +35,7 @@ pub(crate) fn run() {
     // Its own session: a terminal's signals are not for it. It leads none yet, so this cannot fail.
     let _ = rustix::process::setsid();
     let _ = rustix::process::chdir("/");
+    let _ = rustix::thread::set_name(c"banger-agent");
     if let Ok(mut agent) = Agent::new() {
         // Nobody is left to tell: the channel is what failed.
         let _ = agent.serve();

@@ -19,6 +19,7 @@ pub(crate) struct State {
     pub(crate) has_sshd: bool,
     /// Whether the host asked for the end.
     pub(crate) asked_to_power_off: bool,
+    agent_uptime_ms: u64,
     image_init_at: Option<Instant>,
     next_look: Option<Instant>,
     /// Said again to every host that connects: stages, ready, warnings, the end.
@@ -27,25 +28,27 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// A state in which only the agent itself has been reached.
+    /// The state of an agent that started at this uptime.
     pub(crate) fn new(uptime_ms: u64) -> Self {
-        let stage = FromGuest::Stage {
-            stage: GuestStage::Agent,
-            uptime_ms,
-        };
         Self {
+            agent_uptime_ms: uptime_ms,
             has_sshd: true,
             asked_to_power_off: false,
             image_init_at: None,
             next_look: None,
-            lasting: vec![stage.clone()],
-            unsaid: vec![stage],
+            lasting: Vec::new(),
+            unsaid: Vec::new(),
         }
     }
 
-    /// Notes a stage with its uptime in decimal digits.
+    /// Notes a stage with its uptime in decimal digits. The agent's own is said after the one that came before it.
     pub(crate) fn reached_at(&mut self, stage: GuestStage, uptime_ms: &str) {
         if let Ok(uptime_ms) = uptime_ms.trim().parse() {
+            self.say(FromGuest::Stage { stage, uptime_ms });
+        }
+        if stage == GuestStage::Init {
+            let stage = GuestStage::Agent;
+            let uptime_ms = self.agent_uptime_ms;
             self.say(FromGuest::Stage { stage, uptime_ms });
         }
     }
@@ -156,7 +159,7 @@ mod tests {
         let again = state.take_unsaid();
         assert_eq!(
             stages(&again),
-            [GuestStage::Agent, GuestStage::Init, GuestStage::Ssh]
+            [GuestStage::Init, GuestStage::Agent, GuestStage::Ssh]
         );
         assert_eq!(again.last(), Some(&FromGuest::Ready));
     }
@@ -194,7 +197,7 @@ mod tests {
         }
         state.say_all_again();
         let said = state.take_unsaid();
-        assert_eq!(said.len(), 1 + WARNINGS);
+        assert_eq!(said.len(), WARNINGS);
         assert!(!said.contains(&FromGuest::Pong));
         assert!(said.iter().all(|message| match message {
             FromGuest::Warning { text } => text.len() == WARNING_BYTES,

@@ -13,6 +13,17 @@ const APPEAR_LIMIT: Duration = Duration::from_secs(10);
 /// Where in the attachment order the config drive is.
 const CONFIG_INDEX: usize = 2;
 
+/// The role in words.
+pub(crate) fn word(role: DriveRole) -> &'static str {
+    match role {
+        DriveRole::Root => "root",
+        DriveRole::Modules => "modules",
+        DriveRole::Config => "config",
+        DriveRole::Overlay => "overlay",
+        DriveRole::Disk => "work disk",
+    }
+}
+
 /// The device of the drive at `index` of the attachment order.
 pub(crate) fn device(index: usize) -> PathBuf {
     let letter = char::from(b'a' + index.min(25) as u8);
@@ -73,7 +84,8 @@ fn open(role: DriveRole, index: usize) -> Result<File, Fatal> {
     let open = || File::open(&path).ok();
     uevents::wait_for(APPEAR_LIMIT, open).ok_or_else(|| {
         Fatal(format!(
-            "the {role:?} drive {} did not appear within {} s",
+            "the {} drive {} did not appear within {} s",
+            word(role),
             path.display(),
             APPEAR_LIMIT.as_secs()
         ))
@@ -132,8 +144,8 @@ pub(crate) fn check(config: &BootConfig) -> Result<Drives, Fatal> {
                     |superblock| format!("filesystem {}", superblock.uuid),
                 );
                 return Err(Fatal(format!(
-                    "the {:?} drive {} must hold filesystem {expected} but holds {holds}",
-                    drive.role,
+                    "the {} drive {} must hold filesystem {expected} but holds {holds}",
+                    word(drive.role),
                     device.display()
                 )));
             }

@@ -1,9 +1,9 @@
 //! Putting the image's root together and mounting what belongs below it.
 
-use super::drives::{Checked, Drives};
-use super::rooted::Root;
+use super::drives::{Checked, Drives, word};
+use super::rooted::{Root, own_directory};
 use super::{Fatal, NEW_ROOT, Reporter, mount_data, mount_kernel_filesystems, populate};
-use rustix::fd::{AsFd, AsRawFd};
+use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::mount::{MountFlags, mount, mount_bind};
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -27,7 +27,12 @@ const BOUND: [(&str, &str); 5] = [
 pub(crate) fn assemble(drives: &Drives, report: &mut Reporter) -> Result<(), Fatal> {
     make_directory(NEW_ROOT)?;
     match &drives.overlay {
-        None => mount_ext4(&drives.root, Path::new(NEW_ROOT), report),
+        None => {
+            let target = Path::new(NEW_ROOT);
+            mount_ext4(&drives.root, target)?;
+            grow(&drives.root, own_directory(target), report);
+            Ok(())
+        }
         Some(overlay) => mount_overlay(&drives.root, overlay, report),
     }
 }
@@ -37,8 +42,9 @@ fn mount_overlay(image: &Checked, overlay: &Checked, report: &mut Reporter) -> R
     make_directory(OVERLAY)?;
     let mut image = image.clone();
     image.drive.read_only = true;
-    mount_ext4(&image, Path::new(LOWER), report)?;
-    mount_ext4(overlay, Path::new(OVERLAY), report)?;
+    mount_ext4(&image, Path::new(LOWER))?;
+    mount_ext4(overlay, Path::new(OVERLAY))?;
+    grow(overlay, own_directory(Path::new(OVERLAY)), report);
     for directory in ["upper", "work", "bound"] {
         make_directory(&format!("{OVERLAY}/{directory}"))?;
     }
@@ -142,18 +148,18 @@ pub(crate) fn mount_disk(root: &Root, drives: &Drives, report: &mut Reporter) {
 }
 
 fn mount_below(root: &Root, checked: &Checked, path: &str, report: &mut Reporter) {
-    let role = checked.drive.role;
-    match root.ensure_directory(path, 0o755) {
-        Ok(target) => {
-            if let Err(Fatal(why)) =
-                mount_ext4(checked, Path::new(&descriptor_path(&target)), report)
-            {
-                report.warn(why);
-            }
-        }
-        Err(error) => report.warn(format_args!(
-            "cannot make the directory /{path} for the {role:?} drive: {error}"
-        )),
+    let role = word(checked.drive.role);
+    if path.is_empty() {
+        return report.warn(format_args!("the {role} drive cannot be mounted at /"));
+    }
+    let mounted = root
+        .ensure_directory(path, 0o755)
+        .map_err(|error| Fatal(format!("cannot make the directory /{path}: {error}")))
+        .and_then(|target| mount_ext4(checked, Path::new(&descriptor_path(&target))));
+    match mounted {
+        // The directory is looked up anew: what was open lies under the mount.
+        Ok(()) => grow(checked, root.directory(path), report),
+        Err(Fatal(why)) => report.warn(why),
     }
 }
 
@@ -162,12 +168,8 @@ fn descriptor_path(directory: impl AsFd) -> String {
     format!("/proc/self/fd/{}", directory.as_fd().as_raw_fd())
 }
 
-fn mount_ext4(checked: &Checked, target: &Path, report: &mut Reporter) -> Result<(), Fatal> {
-    let Checked {
-        drive,
-        device,
-        superblock,
-    } = checked;
+fn mount_ext4(checked: &Checked, target: &Path) -> Result<(), Fatal> {
+    let Checked { drive, device, .. } = checked;
     let (flags, data) = if drive.read_only {
         // Without `noload` an image that was not unmounted in order could not be mounted from a read-only drive.
         (MountFlags::RDONLY, c"noload")
@@ -176,28 +178,33 @@ fn mount_ext4(checked: &Checked, target: &Path, report: &mut Reporter) -> Result
     };
     mount(device, target, "ext4", flags, data).map_err(|error| {
         Fatal(format!(
-            "cannot mount the {:?} drive {}: {error}",
-            drive.role,
+            "cannot mount the {} drive {}: {error}",
+            word(drive.role),
             device.display()
         ))
     })?;
-    if drive.grow && !drive.read_only {
-        let grown = grow(device, target, superblock.block_bytes, superblock.blocks);
-        report.check(
-            &format!("cannot grow the filesystem of {}", device.display()),
-            grown,
-        );
-    }
     Ok(())
 }
 
-/// Grows a mounted ext4 to the size of its drive.
-fn grow(device: &Path, target: &Path, block_bytes: u64, blocks: u64) -> io::Result<()> {
-    let wanted = File::open(device)?.seek(SeekFrom::End(0))? / block_bytes;
-    if wanted > blocks {
-        rustix::fs::ext4_ioc_resize_fs(File::open(target)?, wanted)?;
+/// Grows a mounted ext4, whose root `mounted` is, to the size of its drive where the host says so.
+fn grow(checked: &Checked, mounted: io::Result<OwnedFd>, report: &mut Reporter) {
+    let Checked {
+        drive,
+        device,
+        superblock,
+    } = checked;
+    if !drive.grow || drive.read_only {
+        return;
     }
-    Ok(())
+    let grown = mounted.and_then(|mounted| {
+        let wanted = File::open(device)?.seek(SeekFrom::End(0))? / superblock.block_bytes;
+        if wanted > superblock.blocks {
+            rustix::fs::ext4_ioc_resize_fs(mounted, wanted)?;
+        }
+        Ok(())
+    });
+    let what = format!("cannot grow the filesystem of {}", device.display());
+    report.check(&what, grown);
 }
 
 fn make_directory(path: &str) -> Result<(), Fatal> {
