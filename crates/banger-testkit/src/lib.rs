@@ -1,1 +1,1 @@
-//!
+//! Small real programs and helpers that tests of several crates share.

@@ -20,6 +20,7 @@ use std::process::ExitCode;
 
 /// The whole life of a shim. Standard input is the socket of [`crate::launch::spawn`].
 pub fn run() -> ExitCode {
+    start::close_inherited();
     let (launch, descriptors) = match launch::receive(rustix::stdio::stdin()) {
         Ok(Some(received)) => received,
         // The daemon died before it sent: nothing was begun.

@@ -1,2 +1,391 @@
-//! Skeleton.
-fn main() {}
+//! `fake-vmm`: a small real program that stands for QEMU in tests.
+//!
+//! It takes QEMU's arguments, opens the drives, listens for QMP and for the agent's port, prints a console, and plays
+//! the guest's agent. A file `fake-vmm.script` in its working folder, or beside its executable, makes it misbehave:
+//! one JSON object with any of
+//!
+//! | key | what it does |
+//! | --- | --- |
+//! | `exit_before_qmp` | `{"code": 1, "stderr": "text"}`: print and exit at once |
+//! | `no_qmp` | never listen for QMP |
+//! | `never_ready` | the agent speaks, but never says ready |
+//! | `no_agent` | there is no agent |
+//! | `ignore_powerdown` | neither the button nor the agent's poweroff does anything |
+//! | `die_after_ms` | exit with code 1 |
+//! | `poweroff_after_ms`, `reboot_after_ms`, `panic_after_ms` | what the guest does by itself |
+//! | `disk_full_after_ms` | stop as QEMU does on a full disk |
+//! | `flood_console_bytes` | so many bytes on the console |
+//! | `flood_agent_lines` | so many lines of rubbish from the agent |
+//! | `ready_after_ms` | the agent takes its time |
+
+use banger_guest::agent_protocol::{FromGuest, GuestEnd, GuestStage, ToGuest};
+use serde_json::{Value, json};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if args
+        .iter()
+        .any(|arg| arg == "--version" || arg == "-version")
+    {
+        println!("QEMU emulator version 10.0.2 (banger fake)");
+        return ExitCode::SUCCESS;
+    }
+    let script = read_script();
+    if let Some(end) = script.get("exit_before_qmp") {
+        eprintln!("{}", end["stderr"].as_str().unwrap_or_default());
+        return ExitCode::from(end["code"].as_u64().unwrap_or(1) as u8);
+    }
+    let drives = match open_drives(&args) {
+        Ok(drives) => drives,
+        Err(error) => {
+            eprintln!("fake-vmm: -drive: Could not open {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let machine = Arc::new(Machine {
+        script,
+        started: Instant::now(),
+        state: Mutex::new(State::default()),
+        _drives: drives,
+    });
+    machine.print("Linux version 0.0.0 (banger fake)");
+    if let Some(path) = socket_path(&args, "-chardev", "path=") {
+        let listener = listen(&path);
+        let machine = Arc::clone(&machine);
+        thread::spawn(move || machine.serve_agent(&listener));
+    }
+    if !machine.flag("no_qmp")
+        && let Some(path) = socket_path(&args, "-qmp", "unix:")
+    {
+        let listener = listen(&path);
+        let machine = Arc::clone(&machine);
+        thread::spawn(move || machine.serve_qmp(&listener));
+    }
+    machine.follow_script();
+    loop {
+        thread::park();
+    }
+}
+
+fn read_script() -> Value {
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|program| Some(program.parent()?.join("fake-vmm.script")));
+    [Some(PathBuf::from("fake-vmm.script")), beside]
+        .into_iter()
+        .flatten()
+        .find_map(|path| std::fs::read(path).ok())
+        .map_or(Value::Null, |bytes| {
+            serde_json::from_slice(&bytes).expect("the script of a test is JSON")
+        })
+}
+
+/// The parts of a comma-separated option; a doubled comma stands for one.
+fn parts(option: &str) -> Vec<String> {
+    option
+        .replace(",,", "\0")
+        .split(',')
+        .map(|part| part.replace('\0', ","))
+        .collect()
+}
+
+fn options<'a>(args: &'a [String], name: &'a str) -> impl Iterator<Item = Vec<String>> + 'a {
+    args.windows(2)
+        .filter(move |pair| pair[0] == name)
+        .map(|pair| parts(&pair[1]))
+}
+
+fn socket_path(args: &[String], option: &str, prefix: &str) -> Option<PathBuf> {
+    options(args, option)
+        .flatten()
+        .find_map(|part| part.strip_prefix(prefix).map(PathBuf::from))
+}
+
+fn open_drives(args: &[String]) -> Result<Vec<File>, String> {
+    options(args, "-drive")
+        .map(|parts| {
+            let path = parts
+                .iter()
+                .find_map(|part| part.strip_prefix("file="))
+                .ok_or("a drive without a file")?;
+            let writable = !parts.iter().any(|part| part == "readonly=on");
+            File::options()
+                .read(true)
+                .write(writable)
+                .open(path)
+                .map_err(|error| format!("'{path}': {error}"))
+        })
+        .collect()
+}
+
+fn listen(path: &Path) -> UnixListener {
+    let _ = std::fs::remove_file(path);
+    UnixListener::bind(path).expect("the socket's folder is the working folder")
+}
+
+#[derive(Default)]
+struct State {
+    paused: bool,
+    qmp: Vec<UnixStream>,
+    agent: Option<UnixStream>,
+    /// Events that came before anyone listened.
+    agent_open: bool,
+}
+
+struct Machine {
+    script: Value,
+    started: Instant,
+    state: Mutex<State>,
+    _drives: Vec<File>,
+}
+
+type Action = fn(&Machine);
+
+impl Machine {
+    fn flag(&self, key: &str) -> bool {
+        self.script.get(key).and_then(Value::as_bool) == Some(true)
+    }
+
+    fn number(&self, key: &str) -> Option<u64> {
+        self.script.get(key).and_then(Value::as_u64)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn uptime_ms(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64
+    }
+
+    /// Prints a line as a guest's serial console does.
+    fn print(&self, line: &str) {
+        let _ = write!(std::io::stdout().lock(), "{line}\r\n");
+    }
+
+    fn emit(&self, event: &str, data: &Value) {
+        let mut state = self.state();
+        if event == "VSERPORT_CHANGE" {
+            state.agent_open = data["open"] == true;
+        }
+        let line = json!({
+            "timestamp": { "seconds": 0, "microseconds": 0 }, "event": event, "data": data,
+        });
+        for client in &mut state.qmp {
+            let _ = writeln!(client, "{line}");
+        }
+    }
+
+    fn say(&self, message: &FromGuest) {
+        let line = serde_json::to_string(message).expect("messages are plain JSON");
+        if let Some(agent) = &mut self.state().agent {
+            let _ = writeln!(agent, "{line}");
+        }
+    }
+
+    fn stage(&self, stage: GuestStage) {
+        let uptime_ms = self.uptime_ms();
+        self.say(&FromGuest::Stage { stage, uptime_ms });
+    }
+
+    /// The guest ends by itself, or because it was asked to.
+    fn end(&self, end: GuestEnd) -> ! {
+        self.say(&FromGuest::Bye { end });
+        let (last_word, reason) = match end {
+            GuestEnd::Reboot => ("reboot: Restarting system", "guest-reset"),
+            _ => ("reboot: Power down", "guest-shutdown"),
+        };
+        self.print(&format!("[    1.000000] {last_word}"));
+        self.emit("SHUTDOWN", &json!({ "guest": true, "reason": reason }));
+        std::process::exit(0);
+    }
+
+    fn asked_to_power_off(&self) {
+        if !self.flag("ignore_powerdown") {
+            self.end(GuestEnd::Poweroff);
+        }
+    }
+
+    fn follow_script(self: &Arc<Self>) {
+        let actions: [(&str, Action); 5] = [
+            ("die_after_ms", |_| std::process::exit(1)),
+            ("poweroff_after_ms", |machine| {
+                machine.end(GuestEnd::Poweroff);
+            }),
+            ("reboot_after_ms", |machine| machine.end(GuestEnd::Reboot)),
+            ("panic_after_ms", |machine| {
+                machine.print("[    1.000000] Kernel panic - not syncing: fake");
+                machine.emit(
+                    "SHUTDOWN",
+                    &json!({ "guest": true, "reason": "guest-reset" }),
+                );
+                std::process::exit(0);
+            }),
+            ("disk_full_after_ms", |machine| {
+                let data = json!({ "device": "drive3", "nospace": true, "action": "stop" });
+                machine.emit("BLOCK_IO_ERROR", &data);
+                machine.state().paused = true;
+                machine.emit("STOP", &json!({}));
+            }),
+        ];
+        for (key, action) in actions {
+            if let Some(delay) = self.number(key) {
+                let machine = Arc::clone(self);
+                thread::spawn(move || {
+                    thread::sleep(Duration::from_millis(delay));
+                    action(&machine);
+                });
+            }
+        }
+        if let Some(bytes) = self.number("flood_console_bytes") {
+            let machine = Arc::clone(self);
+            thread::spawn(move || {
+                let line = "x".repeat(98);
+                for _ in 0..bytes / 100 {
+                    machine.print(&line);
+                }
+                machine.print("the flood is over");
+            });
+        }
+    }
+
+    fn serve_qmp(self: &Arc<Self>, listener: &UnixListener) {
+        for mut stream in listener.incoming().flatten() {
+            let machine = Arc::clone(self);
+            thread::spawn(move || {
+                let greeting = json!({ "QMP": {
+                    "version": { "qemu": { "major": 10, "minor": 0, "micro": 2 } },
+                    "capabilities": [],
+                } });
+                let Ok(mut input) = stream.try_clone().map(BufReader::new) else {
+                    return;
+                };
+                let _ = writeln!(stream, "{greeting}");
+                let mut line = String::new();
+                while input.read_line(&mut line).is_ok_and(|length| length > 0) {
+                    machine.obey(&mut stream, &line);
+                    line.clear();
+                }
+            });
+        }
+    }
+
+    fn obey(&self, stream: &mut UnixStream, line: &str) {
+        let Ok(command) = serde_json::from_str::<Value>(line) else {
+            let _ = writeln!(
+                stream,
+                r#"{{"error":{{"class":"GenericError","desc":"no JSON"}}}}"#
+            );
+            return;
+        };
+        let id = command["id"].clone();
+        let answer = |stream: &mut UnixStream, value: Value| {
+            let _ = writeln!(stream, "{}", json!({ "return": value, "id": id }));
+        };
+        match command["execute"].as_str().unwrap_or_default() {
+            "qmp_capabilities" => {
+                answer(stream, json!({}));
+                let open = {
+                    let mut state = self.state();
+                    state.qmp.extend(stream.try_clone());
+                    state.agent_open
+                };
+                if open {
+                    self.emit("VSERPORT_CHANGE", &json!({ "open": true, "id": "agent" }));
+                }
+            }
+            "query-status" => {
+                let paused = self.state().paused;
+                let status = if paused { "paused" } else { "running" };
+                answer(stream, json!({ "running": !paused, "status": status }));
+            }
+            "stop" => {
+                self.state().paused = true;
+                self.emit("STOP", &json!({}));
+                answer(stream, json!({}));
+            }
+            "cont" => {
+                self.state().paused = false;
+                self.emit("RESUME", &json!({}));
+                answer(stream, json!({}));
+            }
+            "system_powerdown" => {
+                answer(stream, json!({}));
+                self.emit("POWERDOWN", &json!({}));
+                self.print("the button was pressed");
+                self.asked_to_power_off();
+            }
+            "quit" => {
+                answer(stream, json!({}));
+                let data = json!({ "guest": false, "reason": "host-qmp-quit" });
+                self.emit("SHUTDOWN", &data);
+                std::process::exit(0);
+            }
+            other => {
+                let error = json!({
+                    "error": { "class": "CommandNotFound", "desc": format!("no command {other}") },
+                    "id": id,
+                });
+                let _ = writeln!(stream, "{error}");
+            }
+        }
+    }
+
+    fn serve_agent(self: &Arc<Self>, listener: &UnixListener) {
+        for stream in listener.incoming().flatten() {
+            if self.flag("no_agent") {
+                self.state().agent = Some(stream);
+                continue;
+            }
+            let Ok(input) = stream.try_clone().map(BufReader::new) else {
+                continue;
+            };
+            self.state().agent = Some(stream);
+            self.emit("VSERPORT_CHANGE", &json!({ "open": true, "id": "agent" }));
+            let machine = Arc::clone(self);
+            thread::spawn(move || machine.speak());
+            for line in input.lines().map_while(Result::ok) {
+                match serde_json::from_str(&line) {
+                    Ok(ToGuest::Poweroff) => {
+                        self.print("the agent was asked to power off");
+                        self.asked_to_power_off();
+                    }
+                    Ok(ToGuest::SetClock { .. }) => self.print("the clock was set"),
+                    Ok(ToGuest::Ping) => self.say(&FromGuest::Pong),
+                    Err(error) => self.print(&format!("the agent was told rubbish: {error}")),
+                }
+            }
+        }
+    }
+
+    /// What an agent says of itself.
+    fn speak(&self) {
+        if let Some(delay) = self.number("ready_after_ms") {
+            thread::sleep(Duration::from_millis(delay));
+        }
+        self.stage(GuestStage::Init);
+        self.stage(GuestStage::ImageInit);
+        for _ in 0..self.number("flood_agent_lines").unwrap_or(0) {
+            if let Some(agent) = &mut self.state().agent {
+                let _ = agent.write_all(b"{\"type\":\"rubbish\"}\n\xff\xfe\n");
+            }
+            self.say(&FromGuest::Warning {
+                text: "\u{1b}[31mwarning".to_owned(),
+            });
+        }
+        self.stage(GuestStage::Agent);
+        self.stage(GuestStage::Ssh);
+        if !self.flag("never_ready") {
+            self.say(&FromGuest::Ready);
+            self.print("fake login:");
+        }
+    }
+}

@@ -251,6 +251,17 @@ pub(super) fn detach_stdin() {
     }
 }
 
+/// Closes what a careless parent left open beyond the standard three: neither the shim nor the VMM shall hold it for
+/// as long as a VM may run.
+#[expect(unsafe_code, reason = "there is no safe call that closes a range")]
+pub(super) fn close_inherited() {
+    unsafe extern "C" {
+        fn close_range(first: u32, last: u32, flags: i32) -> i32;
+    }
+    // SAFETY: this is the first thing the process does, so that nothing owns a descriptor yet.
+    unsafe { close_range(3, u32::MAX, 0) };
+}
+
 #[expect(unsafe_code, reason = "there is no safe call that ignores a signal")]
 fn ignore_signals() {
     const SIG_IGN: usize = 1;
