@@ -76,6 +76,7 @@ pub(crate) fn write(
     layout: &Layout<'_>,
     context: &Context,
 ) -> Result<(), BuildError> {
+    context.check()?;
     let failed = |source| BuildError::Ext4 {
         path: path.to_owned(),
         source,
@@ -105,7 +106,10 @@ pub(crate) fn write(
                     Some(total),
                 );
             }
-            if let Some(content) = tree.file(name) {
+            // What is empty has no room to be filled.
+            if let Some(content) = tree.file(name)
+                && content.length() > 0
+            {
                 writer.fill(*handle, &mut content.reader())?;
             }
         }
@@ -161,6 +165,8 @@ fn size(tree: &Tree, layout: &Layout<'_>) -> u64 {
     blocks += u64::from(layout.journal_blocks);
     // Extent blocks, bitmaps and descriptors; then a margin up to a whole MiB.
     let blocks = blocks + blocks / 50 + 1024;
+    // The writer wants the journal to be at most a quarter of the whole.
+    let blocks = blocks.max(u64::from(layout.journal_blocks) * 5);
     (blocks * BLOCK).next_multiple_of(1 << 20)
 }
 

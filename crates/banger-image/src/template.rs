@@ -60,6 +60,12 @@ fn make_empty(path: &Path, bytes: u64, context: &Context) -> Result<(), BuildErr
             "ext4",
             "-m",
             "0",
+            "-b",
+            "4096",
+            "-I",
+            "256",
+            "-i",
+            "16384",
             "-O",
             "metadata_csum,metadata_csum_seed,64bit",
             "-E",
@@ -70,8 +76,7 @@ fn make_empty(path: &Path, bytes: u64, context: &Context) -> Result<(), BuildErr
         .chain([path.into()])
         .collect(),
         folder: None,
-        // Defaults of the distribution must not change what a template is.
-        environment: vec![("MKE2FS_CONFIG", "/dev/null".into())],
+        environment: Vec::new(),
         limit: Duration::from_secs(60),
         stage: None,
     };

@@ -287,7 +287,10 @@ impl Tree {
     ) -> Result<(), BuildError> {
         let bad = |reason: &dyn std::fmt::Display| BuildError::archive(name, reason);
         let end = file.metadata().map_err(|error| bad(&error))?.len();
-        let mut archive = tar::Archive::new(&**file);
+        // Its cursor stands where it was last written.
+        let mut reader: &File = file;
+        std::io::Seek::rewind(&mut reader).map_err(|error| bad(&error))?;
+        let mut archive = tar::Archive::new(reader);
         let entries = archive.entries_with_seek().map_err(|error| bad(&error))?;
         for entry in entries {
             context.check()?;

@@ -1,11 +1,19 @@
 //! Images: read-only root filesystems.
 
+mod debian;
+mod tiny;
+
+use crate::apt::is_package_name;
 use crate::context::Context;
 use crate::error::BuildError;
+use crate::ext4;
 use crate::kernel::PackageVersion;
+use crate::store::{now, write_json};
+use crate::tree::Tree;
 use banger_core::id::ImageId;
 use banger_core::name::ImageName;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 
 /// The root filesystem, raw ext4 with mode 0444, in an image's folder.
@@ -66,24 +74,141 @@ pub struct ImageManifest {
     pub created: i64,
 }
 
-/// Makes an image in the folder `staging`.
+/// The list of packages of the default image.
+const DEFAULT_PACKAGES: &str = include_str!("../../recipes/debian/packages.apt");
+/// The packages of the tiny image; what they depend on comes along.
+const TINY_PACKAGES: &str = include_str!("../../recipes/tiny/packages.apt");
+/// The newest time in an image, in seconds since 1970: what is built twice is the same twice.
+const EPOCH: i64 = 1_704_067_200;
+
+/// What a recipe turns into before it is written.
+struct Material {
+    tree: Tree,
+    /// A digest of all content, which the filesystem's UUID follows from.
+    digest: Vec<u8>,
+    packages: Vec<PackageVersion>,
+    suite: String,
+    source: String,
+    journal_blocks: u32,
+}
+
+/// Makes an image in the folder `staging`. Takes about half a minute for the default image, and needs the network.
 pub fn build_image(
     recipe: &Recipe,
     staging: &Path,
     context: &Context,
 ) -> Result<ImageManifest, ImageError> {
-    let _ = (recipe, staging, context);
-    unimplemented!()
+    std::fs::create_dir_all(staging).map_err(BuildError::io("create", staging))?;
+    let list = PackageList::of(&recipe.kind)?;
+    let material = match &recipe.kind {
+        RecipeKind::Default { .. } => debian::gather(&list.packages, context)?,
+        RecipeKind::Tiny => tiny::gather(&list.packages, context)?,
+    };
+    let path = staging.join(ROOT_IMAGE);
+    let uuid = ext4::uuid_of(&material.digest);
+    let layout = ext4::Layout {
+        uuid,
+        epoch: EPOCH,
+        label: "banger-root",
+        journal_blocks: material.journal_blocks,
+    };
+    ext4::write(&material.tree, &path, &layout, context)?;
+    let bytes = std::fs::metadata(&path)
+        .map_err(BuildError::io("look at", &path))?
+        .len();
+    let manifest = ImageManifest {
+        id: recipe.id,
+        name: recipe.name.clone(),
+        sha256: ext4::sha256_file(&path, context)?,
+        uuid: uuid.to_string(),
+        bytes,
+        packages: material.packages,
+        packages_sha256: list.sha256,
+        init: "/sbin/init".to_owned(),
+        suite: material.suite,
+        source: material.source,
+        created: now(),
+    };
+    write_json(&staging.join(MANIFEST), &manifest)?;
+    Ok(manifest)
 }
 
 /// The SHA-256 of the list of packages that the recipe would be built from now, in hexadecimal; differs from
 /// [`ImageManifest::packages_sha256`] when the list has changed since.
 pub fn packages_sha256(kind: &RecipeKind) -> Result<String, ImageError> {
-    let _ = kind;
-    unimplemented!()
+    PackageList::of(kind).map(|list| list.sha256)
+}
+
+/// A list of packages and its digest.
+struct PackageList {
+    packages: Vec<String>,
+    sha256: String,
+}
+
+impl PackageList {
+    fn of(kind: &RecipeKind) -> Result<Self, BuildError> {
+        match kind {
+            RecipeKind::Default { packages: None } => {
+                Self::parse(DEFAULT_PACKAGES, Path::new("packages.apt"))
+            }
+            RecipeKind::Tiny => Self::parse(TINY_PACKAGES, Path::new("packages.apt")),
+            RecipeKind::Default {
+                packages: Some(path),
+            } => {
+                let text = std::fs::read_to_string(path).map_err(BuildError::io("read", path))?;
+                Self::parse(&text, path)
+            }
+        }
+    }
+
+    fn parse(text: &str, path: &Path) -> Result<Self, BuildError> {
+        let mut packages = Vec::new();
+        for (index, line) in text.lines().enumerate() {
+            let name = line.split('#').next().unwrap_or_default().trim();
+            if name.is_empty() {
+                continue;
+            }
+            if !is_package_name(name) {
+                return Err(BuildError::PackageList {
+                    path: path.to_owned(),
+                    line: index + 1,
+                });
+            }
+            packages.push(name.to_owned());
+        }
+        Ok(Self {
+            packages,
+            sha256: ext4::hex(&Sha256::digest(text)),
+        })
+    }
 }
 
 /// Reads the manifest of the image in `image_dir`.
 pub fn read_manifest(image_dir: &Path) -> Result<ImageManifest, ImageError> {
     crate::store::read_json(&image_dir.join(MANIFEST))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_package_list_has_one_name_a_line_and_comments() {
+        let list = PackageList::parse("# all\n\ncurl # why\n  g++\n", Path::new("x")).unwrap();
+        assert_eq!(list.packages, ["curl", "g++"]);
+        for (text, line) in [("curl wget\n", 1), ("curl\n--option\n", 2), ("a,b", 1)] {
+            match PackageList::parse(text, Path::new("x")) {
+                Err(BuildError::PackageList { line: found, .. }) => assert_eq!(found, line),
+                other => panic!("{text}: {:?}", other.map(|list| list.packages)),
+            }
+        }
+    }
+
+    #[test]
+    fn bangers_own_lists_are_valid_and_have_digests() {
+        for kind in [RecipeKind::Default { packages: None }, RecipeKind::Tiny] {
+            assert!(!PackageList::of(&kind).unwrap().packages.is_empty());
+            assert_eq!(packages_sha256(&kind).unwrap().len(), 64);
+        }
+    }
 }
