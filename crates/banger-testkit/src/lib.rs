@@ -1,1 +1,3 @@
 //! Small real programs and helpers that tests of several crates share.
+
+pub mod skip;
