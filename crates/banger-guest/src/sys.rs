@@ -138,3 +138,20 @@ pub(crate) fn read_some(fd: impl AsFd, buffer: &mut [u8]) -> io::Result<ReadSome
         Err(error) => Err(error.into()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vsock_address_is_as_long_as_the_kernels() {
+        assert_eq!(size_of::<VsockAddr>(), 16);
+    }
+
+    #[test]
+    fn a_signal_descriptor_reads_nothing_before_the_signal() {
+        let fd = sigterm_fd().unwrap();
+        let mut buffer = [0; 128];
+        assert_eq!(read_some(&fd, &mut buffer).unwrap(), ReadSome::Nothing);
+    }
+}

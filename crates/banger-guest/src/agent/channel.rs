@@ -96,10 +96,8 @@ impl Channel {
         let mut told = Told::default();
         if self.kind == Kind::Port {
             let hung_up = flags.contains(EventFlags::HUP);
-            if self.hung_up && !hung_up {
-                told.connected_again = true;
-            }
-            if hung_up {
+            told.connected_again = self.hung_up && !hung_up;
+            if self.hung_up || hung_up {
                 // What was queued was for the host that went; the next one is told everything.
                 self.unsent.clear();
                 self.lines.clear();

@@ -43,7 +43,7 @@ impl Init {
     fn of(comm: &str, program: &str, has_openrc_pipe: bool, has_sysv_pipe: bool) -> Self {
         match (comm.trim_end(), program) {
             ("systemd", _) | (_, "systemd") => Self::Systemd,
-            (_, "busybox") => Self::Busybox,
+            ("init" | "linuxrc", "busybox") => Self::Busybox,
             _ if has_openrc_pipe => Self::OpenRc,
             _ if has_sysv_pipe => Self::SysV,
             _ => Self::Other,
@@ -235,6 +235,8 @@ mod tests {
         assert_eq!(Init::of("init\n", "openrc-init", true, false), Init::OpenRc);
         assert_eq!(Init::of("init\n", "init", false, true), Init::SysV);
         assert_eq!(Init::of("sh\n", "dash", false, false), Init::Other);
+        // A script that busybox's shell runs.
+        assert_eq!(Init::of("start.sh\n", "busybox", false, false), Init::Other);
     }
 
     #[test]

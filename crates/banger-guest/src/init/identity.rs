@@ -20,6 +20,8 @@ const SSH_SERVERS: [&str; 8] = [
     "usr/local/sbin/dropbear",
     "sbin/dropbear",
 ];
+/// Where images keep systemd.
+const SYSTEMD: [&str; 2] = ["usr/lib/systemd/systemd", "lib/systemd/systemd"];
 /// Directories of system unit files from which an older image may mount drives that it no longer has.
 const UNIT_DIRECTORIES: [&str; 3] = [
     "etc/systemd/system",
@@ -67,7 +69,13 @@ pub(crate) fn write(
     }
     files.host_keys(config);
     files.authorized_keys(&config.authorized_keys);
-    files.network_managers();
+    if let Some(network) = &config.network {
+        files.network_managers(&network.mac);
+    }
+    // The directory of run-time units is how programs tell that systemd is PID 1: none is made for another init.
+    if SYSTEMD.iter().any(|path| root.is_file(path)) {
+        files.keep_modules_mounted();
+    }
     files.stale_mounts(root_is_overlay);
 }
 
@@ -142,9 +150,9 @@ impl Files<'_> {
     }
 
     /// Tells whoever manages networks in the image that `eth0` is set up already.
-    fn network_managers(&mut self) {
+    fn network_managers(&mut self, mac: &str) {
         let name = network::NAME;
-        let unmanaged = format!("[Match]\nName={name}\n\n[Link]\nUnmanaged=yes\n");
+        let unmanaged = format!("[Match]\nMACAddress={mac}\n\n[Link]\nUnmanaged=yes\n");
         self.write(
             "run/systemd/network/00-banger.network",
             unmanaged.as_bytes(),
@@ -152,7 +160,7 @@ impl Files<'_> {
         );
         // Else udev would want to name it after its slot.
         let keep =
-            format!("[Match]\nOriginalName={name}\n\n[Link]\nName={name}\nMACAddressPolicy=none\n");
+            format!("[Match]\nMACAddress={mac}\n\n[Link]\nName={name}\nMACAddressPolicy=none\n");
         self.write("run/systemd/network/00-banger.link", keep.as_bytes(), 0o644);
         let keyfile = format!("[keyfile]\nunmanaged-devices=interface-name:{name}\n");
         self.write(
@@ -163,6 +171,15 @@ impl Files<'_> {
         self.write("run/cloud-init/disabled", b"", 0o644);
         if self.root.is_directory("etc/cloud") {
             self.write("etc/cloud/cloud-init.disabled", b"", 0o644);
+        }
+    }
+
+    /// Leaves the modules to systemd's very last round of unmounting: until then udev reads them, and a unit that
+    /// cannot be stopped is reported as failed at every shutdown.
+    fn keep_modules_mounted(&mut self) {
+        for prefix in ["usr-lib-modules", "lib-modules"] {
+            let path = format!("run/systemd/system/{prefix}-.mount.d/50-banger.conf");
+            self.write(&path, b"[Unit]\nDefaultDependencies=no\n", 0o644);
         }
     }
 
