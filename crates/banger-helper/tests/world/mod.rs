@@ -44,6 +44,14 @@ pub(crate) fn run(program: &str, args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// Number and name of every link.
+pub(crate) fn link_names() -> String {
+    run("ip", &["-o", "link"])
+        .lines()
+        .map(|line| line.split(": ").take(2).collect::<Vec<_>>().join(" ") + "\n")
+        .collect()
+}
+
 #[expect(
     clippy::disallowed_methods,
     reason = "a process that a test holds on to"

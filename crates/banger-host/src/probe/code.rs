@@ -5,10 +5,11 @@ pub(super) const CODE_AT: usize = 0x8000;
 /// The port that a byte is written to at each stage.
 pub(super) const STAGE_PORT: u16 = 0xf4;
 /// What the stages are, from the first byte, 1, on.
-pub(super) const STAGES: [&str; 4] = [
+pub(super) const STAGES: [&str; 5] = [
     "enter long mode",
     "change page tables",
     "return from an exception",
+    "use SSE2",
     "take three timer interrupts",
 ];
 /// The guest's memory, in bytes.
@@ -16,11 +17,11 @@ pub(super) const MEMORY: usize = 64 * 1024;
 
 const UNDEFINED_VECTOR: usize = 6;
 const TIMER_VECTOR: usize = 0x20;
-const UNDEFINED_HANDLER: usize = 0xa2;
-const TIMER_HANDLER: usize = 0xa9;
+const UNDEFINED_HANDLER: usize = 0xa6;
+const TIMER_HANDLER: usize = 0xad;
 
 #[rustfmt::skip]
-pub(super) const CODE: [u8; 184] = [
+pub(super) const CODE: [u8; 188] = [
     // In 32-bit protected mode, without paging:
     0x0f, 0x01, 0x15, 0x00, 0x70, 0x00, 0x00, // lgdt [0x7000]: our own GDT
     0x0f, 0x01, 0x1d, 0x10, 0x70, 0x00, 0x00, // lidt [0x7010]: our own IDT
@@ -53,7 +54,9 @@ pub(super) const CODE: [u8; 184] = [
     0x0f, 0x0b, // ud2: the exception
     0xb0, 0x03, // mov al,3
     0xe6, 0xf4, // out 0xf4,al: EXCEPTION
-    0x66, 0x0f, 0xef, 0xc0, // pxor xmm0,xmm0: SSE2
+    0x66, 0x0f, 0xef, 0xc0, // pxor xmm0,xmm0
+    0xb0, 0x04, // mov al,4
+    0xe6, 0xf4, // out 0xf4,al: SSE2
     0xb0, 0x11, // mov al,0x11: first controller, four words follow
     0xe6, 0x20, // out 0x20,al
     0xb0, 0x20, // mov al,0x20: its vectors start at 0x20
@@ -76,15 +79,15 @@ pub(super) const CODE: [u8; 184] = [
     0xfa, // cli
     0x80, 0x3c, 0x25, 0x00, 0x90, 0x00, 0x00, 0x03, // cmp BYTE PTR 0x9000,0x3
     0x72, 0xf3, // jb tick
-    0xb0, 0x04, // mov al,4
+    0xb0, 0x05, // mov al,5
     0xe6, 0xf4, // out 0xf4,al: TIMER
     // Never gets further:
     0xf4, // hlt
     0xeb, 0xfd, // jmp stop
-    // 0xa2: the handler of an undefined instruction steps over it:
+    // 0xa6: the handler of an undefined instruction steps over it:
     0x48, 0x83, 0x04, 0x24, 0x02, // add QWORD PTR [rsp],0x2
     0x48, 0xcf, // iretq
-    // 0xa9: the handler of the timer counts and tells the interrupt controller:
+    // 0xad: the handler of the timer counts and tells the interrupt controller:
     0x50, // push rax
     0xfe, 0x04, 0x25, 0x00, 0x90, 0x00, 0x00, // inc BYTE PTR 0x9000
     0xb0, 0x20, // mov al,0x20
@@ -148,7 +151,7 @@ mod tests {
         let memory = image();
         assert_eq!(
             memory[0x6000 + 6 * 16..][..8],
-            [0xa2, 0x80, 8, 0, 0, 0x8e, 0, 0]
+            [0xa6, 0x80, 8, 0, 0, 0x8e, 0, 0]
         );
         assert_eq!(memory[0x7000..][..6], [31, 0, 0, 0x50, 0, 0]);
     }
