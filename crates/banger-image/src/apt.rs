@@ -56,12 +56,10 @@ pub(crate) fn download(package: &str, context: &Context) -> Result<PathBuf, Buil
     }
     let folder = context.cache_dir.join("packages");
     std::fs::create_dir_all(&folder).map_err(BuildError::io("create", &folder))?;
-    let listed = apt_get(
-        &folder,
-        ["download", "--print-uris", package],
-        None,
-        context,
-    )?;
+    // Where the file is already, apt would print nothing.
+    let elsewhere = Path::new("/");
+    let arguments = ["download", "--print-uris", package];
+    let listed = apt_get(elsewhere, arguments, None, context)?;
     if !listed.status.success() {
         if listed.stderr.contains("Unable to locate")
             || listed.stderr.contains("no installation candidate")
@@ -125,7 +123,13 @@ fn apt_get<const N: usize>(
     Program {
         name: "apt-get",
         package: "apt",
-        arguments: options.chain(arguments.map(OsString::from)).collect(),
+        // As root, apt would download as a user who cannot write here, and warn that it does not.
+        arguments: ["-o", "APT::Sandbox::User=root"]
+            .map(OsString::from)
+            .into_iter()
+            .chain(options)
+            .chain(arguments.map(OsString::from))
+            .collect(),
         folder: Some(folder),
         environment: Vec::new(),
         limit: Duration::from_secs(1800),
