@@ -1,5 +1,6 @@
 //! A keeper of the test's own, in a network namespace that plays the host.
 #![allow(dead_code, reason = "each test program uses a part")]
+#![expect(clippy::unwrap_used, reason = "a test fails where it fails")]
 
 use banger_core::addr::Pool;
 use banger_core::id::MacAddress;
@@ -124,6 +125,8 @@ impl World {
             std::fs::write(&program, wrapper(directory.path())).unwrap();
             std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
             std::fs::copy(PROGRAM, directory.path().join("banger-netns")).unwrap();
+            // As its owner, the user can remove it at the end.
+            std::os::unix::fs::chown(directory.path(), Some(NOBODY), None).unwrap();
             for path in [directory.path(), &deep] {
                 std::fs::set_permissions(path, PermissionsExt::from_mode(0o777)).unwrap();
             }

@@ -140,32 +140,7 @@ impl Links {
         let mut reply = self.socket.request(&request)?;
         let mut links = Vec::new();
         while let Some((header, attributes)) = reply.recv().transpose()? {
-            let Ok(name) = attributes.get_ifname() else {
-                continue;
-            };
-            let info = attributes.get_linkinfo().ok();
-            let isolated = info.as_ref().is_some_and(|info| {
-                matches!(
-                    info.get_slave_data(),
-                    Ok(rt_link::LinkinfoMemberDataMsg::Bridge(port)) if port.get_isolated() == Ok(1)
-                )
-            });
-            links.push(Link {
-                index: header.ifi_index.cast_unsigned(),
-                name: name.to_string_lossy().into_owned(),
-                up: header.ifi_flags & IFF_UP != 0,
-                master: attributes.get_master().ok(),
-                peer: attributes.get_link().ok(),
-                kind: info
-                    .and_then(|info| info.get_kind().ok())
-                    .map(|kind| kind.to_string_lossy().into_owned()),
-                mac: attributes
-                    .get_address()
-                    .ok()
-                    .and_then(|bytes| bytes.try_into().ok())
-                    .map(MacAddress),
-                isolated,
-            });
+            links.extend(link_of(&header, &attributes));
         }
         Ok(links)
     }
@@ -175,7 +150,25 @@ impl Links {
     /// # Errors
     /// The kernel refuses.
     pub fn find(&mut self, name: &str) -> Result<Option<Link>, NetlinkError> {
-        Ok(self.dump()?.into_iter().find(|link| link.name == name))
+        match self
+            .find_raw(name)
+            .map_err(NetlinkError::new(format!("look for link `{name}`")))
+        {
+            Err(error) if error.errno() == Some(Errno::NODEV) => Ok(None),
+            found => found,
+        }
+    }
+
+    fn find_raw(&mut self, name: &str) -> Result<Option<Link>, ReplyError> {
+        let mut request = rt_link::Request::new().op_getlink_do(&rt_link::Ifinfomsg::new());
+        request.encode().push_ifname_bytes(name.as_bytes());
+        let mut reply = self.socket.request(&request)?;
+        let mut link = None;
+        // To the end, so that the acknowledgement is not left for the next request.
+        while let Some((header, attributes)) = reply.recv().transpose()? {
+            link = link_of(&header, &attributes);
+        }
+        Ok(link)
     }
 
     /// Makes a bridge (down) with a fixed MAC, no spanning tree and no multicast snooping.
@@ -555,16 +548,37 @@ impl Links {
     }
 }
 
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "families are small numbers"
-)]
 const INET: u8 = AF_INET as u8;
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "families are small numbers"
-)]
 const BRIDGE_FAMILY: u8 = AF_BRIDGE as u8;
+
+fn link_of(
+    header: &rt_link::Ifinfomsg,
+    attributes: &rt_link::IterableLinkAttrs<'_>,
+) -> Option<Link> {
+    let info = attributes.get_linkinfo().ok();
+    let isolated = info.as_ref().is_some_and(|info| {
+        matches!(
+            info.get_slave_data(),
+            Ok(rt_link::LinkinfoMemberDataMsg::Bridge(port)) if port.get_isolated() == Ok(1)
+        )
+    });
+    Some(Link {
+        index: header.ifi_index.cast_unsigned(),
+        name: attributes.get_ifname().ok()?.to_string_lossy().into_owned(),
+        up: header.ifi_flags & IFF_UP != 0,
+        master: attributes.get_master().ok(),
+        peer: attributes.get_link().ok(),
+        kind: info
+            .and_then(|info| info.get_kind().ok())
+            .map(|kind| kind.to_string_lossy().into_owned()),
+        mac: attributes
+            .get_address()
+            .ok()
+            .and_then(|bytes| bytes.try_into().ok())
+            .map(MacAddress),
+        isolated,
+    })
+}
 
 fn header_of(link: u32) -> rt_link::Ifinfomsg {
     rt_link::Ifinfomsg {
