@@ -199,3 +199,80 @@ impl MachineConfig {
         Ok(())
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::firecracker::Firecracker;
+    use crate::qemu::Qemu;
+
+    pub(crate) fn machine() -> MachineConfig {
+        MachineConfig {
+            id: "0198aa".to_owned(),
+            name: "calm-otter".to_owned(),
+            vcpus: 2,
+            memory_mib: 512,
+            kernel: "/k/vmlinux".into(),
+            initrd: "/k/initrd".into(),
+            kernel_args: vec!["audit=0".to_owned()],
+            drives: vec![
+                DriveConfig {
+                    path: "/i/root, old.img".into(),
+                    read_only: true,
+                },
+                DriveConfig {
+                    path: "/v/disk.img".into(),
+                    read_only: false,
+                },
+            ],
+            nic: Some(NicConfig {
+                tap: "tap7".to_owned(),
+                mac: "02:00:5e:00:00:07".to_owned(),
+            }),
+            run_dir: "/run/vm".into(),
+            accelerator: Accelerator::Tcg,
+            cid: 42,
+            firmware: None,
+        }
+    }
+
+    #[test]
+    fn no_driver_takes_a_word_that_could_become_another_argument() {
+        let drivers: [&dyn Vmm; 2] = [&Qemu::new("/q"), &Firecracker::new("/f")];
+        let spoil: [fn(&mut MachineConfig); 8] = [
+            |machine| machine.id = "a b".to_owned(),
+            |machine| machine.name = "a,debug-threads=on".to_owned(),
+            |machine| machine.kernel_args = vec!["a init=/bin/sh".to_owned()],
+            |machine| machine.kernel = "vmlinux".into(),
+            |machine| machine.initrd = "/k/init\nrd".into(),
+            |machine| machine.drives[0].path = "disk.img".into(),
+            |machine| machine.nic.as_mut().unwrap().tap = "t,script=/x".to_owned(),
+            |machine| machine.nic.as_mut().unwrap().mac = "02:00,x".to_owned(),
+        ];
+        for driver in drivers {
+            for (number, spoil) in spoil.iter().enumerate() {
+                let mut machine = machine();
+                machine.accelerator = Accelerator::Kvm;
+                assert!(driver.plan(&machine).is_ok());
+                spoil(&mut machine);
+                assert!(driver.plan(&machine).is_err(), "{number} {driver:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_plan_is_controlled_by_its_own_driver_within_the_run_folder() {
+        let drivers: [&dyn Vmm; 2] = [&Qemu::new("/q"), &Firecracker::new("/f")];
+        for driver in drivers {
+            let mut machine = machine();
+            machine.accelerator = Accelerator::Kvm;
+            let plan = driver.plan(&machine).unwrap();
+            assert_eq!(plan.control.driver(), driver.driver());
+            assert!(
+                plan.files
+                    .iter()
+                    .all(|(path, _)| path.starts_with("/run/vm"))
+            );
+        }
+    }
+}

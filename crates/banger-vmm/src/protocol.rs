@@ -259,3 +259,89 @@ pub struct Exit {
     /// The last lines that the VMM printed on standard error (at most 2 KiB).
     pub stderr: String,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn returns<T>(value: &T, json: serde_json::Value)
+    where
+        T: Serialize + for<'a> Deserialize<'a> + PartialEq + std::fmt::Debug,
+    {
+        assert_eq!(serde_json::to_value(value).unwrap(), json);
+        let text = serde_json::to_string(value).unwrap();
+        assert!(!text.contains('\n'));
+        assert_eq!(&serde_json::from_str::<T>(&text).unwrap(), value);
+    }
+
+    fn exit() -> Exit {
+        Exit {
+            vm: "v".to_owned(),
+            attempt: "a".to_owned(),
+            code: Some(0),
+            signal: None,
+            last_event: LastEvent::GuestPoweroff,
+            shutdown_asked: true,
+            at_unix_ms: 5,
+            stderr: "two\nlines".to_owned(),
+        }
+    }
+
+    #[test]
+    fn commands_are_flat_objects() {
+        for (verb, word) in [
+            (Verb::Ping, "ping"),
+            (Verb::Shutdown, "shutdown"),
+            (Verb::Pause, "pause"),
+            (Verb::Resume, "resume"),
+            (Verb::Terminate, "terminate"),
+            (Verb::Kill, "kill"),
+        ] {
+            returns(&Command { id: 7, verb }, json!({ "id": 7, "verb": word }));
+        }
+    }
+
+    #[test]
+    fn every_line_from_a_shim_comes_back_as_it_went() {
+        returns(
+            &FromShim::Event(Event::Changed),
+            json!({ "type": "event", "event": "changed" }),
+        );
+        returns(
+            &FromShim::Event(Event::GuestWarning {
+                text: "t".to_owned(),
+            }),
+            json!({ "type": "event", "event": "guest-warning", "text": "t" }),
+        );
+        returns(
+            &FromShim::Reply(Reply { id: 1, error: None }),
+            json!({ "type": "reply", "id": 1, "error": null }),
+        );
+        returns(
+            &FromShim::Event(Event::Exited { exit: exit() }),
+            json!({ "type": "event", "event": "exited", "exit": {
+                "vm": "v", "attempt": "a", "code": 0, "signal": null,
+                "last_event": "guest-poweroff", "shutdown_asked": true, "at_unix_ms": 5,
+                "stderr": "two\nlines",
+            } }),
+        );
+        let status = Status {
+            vm: "v".to_owned(),
+            attempt: "a".to_owned(),
+            vmm_pid: 2,
+            shim_pid: 1,
+            driver: Driver::Qemu,
+            paused: false,
+            disk_full: false,
+            ready: true,
+            agent: true,
+            boot: BootTimes::default(),
+        };
+        let line = serde_json::to_string(&FromShim::Status(status.clone())).unwrap();
+        assert_eq!(
+            serde_json::from_str::<FromShim>(&line).unwrap(),
+            FromShim::Status(status)
+        );
+    }
+}

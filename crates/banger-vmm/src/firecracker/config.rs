@@ -46,7 +46,6 @@ struct Config<'a> {
     network_interfaces: Vec<NetworkInterface<'a>>,
     vsock: Vsock,
     entropy: EntropyDevice,
-    logger: Logger,
 }
 
 #[derive(Serialize)]
@@ -88,13 +87,6 @@ struct Vsock {
 
 #[derive(Serialize)]
 struct EntropyDevice {}
-
-/// Standard output is the guest's console, so the log goes to standard error, which the shim bounds.
-#[derive(Serialize)]
-struct Logger {
-    log_path: &'static str,
-    level: &'static str,
-}
 
 impl Vmm for Firecracker {
     fn driver(&self) -> Driver {
@@ -165,10 +157,6 @@ impl Vmm for Firecracker {
                 uds_path: VSOCK_SOCKET,
             },
             entropy: EntropyDevice {},
-            logger: Logger {
-                log_path: "/dev/stderr",
-                level: "Warning",
-            },
         };
         let json = serde_json::to_vec_pretty(&config)
             .expect("the configuration has no map with keys other than text");
@@ -179,6 +167,11 @@ impl Vmm for Firecracker {
             API_SOCKET,
             "--config-file",
             CONFIG_FILE,
+            // Standard output is the guest's console alone; standard error is the log, which the shim bounds.
+            "--log-path",
+            "/dev/stderr",
+            "--level",
+            "Warning",
         ];
         Ok(Plan {
             program: self.program.clone(),
@@ -189,5 +182,82 @@ impl Vmm for Firecracker {
             },
             files: vec![(machine.run_dir.join(CONFIG_FILE), json)],
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::tests::machine;
+    use serde_json::{Value, json};
+
+    fn config(machine: &MachineConfig) -> Value {
+        let plan = Firecracker::new("/usr/bin/firecracker")
+            .plan(machine)
+            .unwrap();
+        assert_eq!(plan.files[0].0, machine.run_dir.join(CONFIG_FILE));
+        serde_json::from_slice(&plan.files[0].1).unwrap()
+    }
+
+    #[test]
+    fn the_configuration_has_the_fields_of_firecrackers_own_description() {
+        let mut machine = machine();
+        machine.accelerator = Accelerator::Kvm;
+        assert_eq!(
+            config(&machine),
+            json!({
+                "boot-source": {
+                    "kernel_image_path": "/k/vmlinux",
+                    "initrd_path": "/k/initrd",
+                    "boot_args": "console=ttyS0 reboot=k panic=-1 quiet loglevel=3 cryptomgr.notests audit=0",
+                },
+                "drives": [
+                    {
+                        "drive_id": "drive0",
+                        "path_on_host": "/i/root, old.img",
+                        "is_root_device": false,
+                        "is_read_only": true,
+                        "cache_type": "Writeback",
+                    },
+                    {
+                        "drive_id": "drive1",
+                        "path_on_host": "/v/disk.img",
+                        "is_root_device": false,
+                        "is_read_only": false,
+                        "cache_type": "Writeback",
+                    },
+                ],
+                "machine-config": { "vcpu_count": 2, "mem_size_mib": 512 },
+                "network-interfaces": [{
+                    "iface_id": "eth0",
+                    "host_dev_name": "tap7",
+                    "guest_mac": "02:00:5e:00:00:07",
+                }],
+                "vsock": { "guest_cid": 42, "uds_path": "vsock.sock" },
+                "entropy": {},
+            })
+        );
+    }
+
+    #[test]
+    fn firecracker_is_never_asked_to_emulate() {
+        let plan = Firecracker::new("/usr/bin/firecracker").plan(&machine());
+        assert_eq!(plan, Err(PlanError::NeedsKvm(Driver::Firecracker)));
+    }
+
+    #[test]
+    fn the_command_line_names_sockets_relative_to_the_run_folder() {
+        let mut machine = machine();
+        machine.accelerator = Accelerator::Kvm;
+        machine.nic = None;
+        let plan = Firecracker::new("/usr/bin/firecracker")
+            .plan(&machine)
+            .unwrap();
+        assert_eq!(
+            plan.args.join(" "),
+            "--id 0198aa --api-sock api.sock --config-file firecracker.json \
+             --log-path /dev/stderr --level Warning"
+        );
+        assert_eq!(config(&machine)["network-interfaces"], json!([]));
     }
 }

@@ -199,3 +199,53 @@ impl Arguments {
         self.0.push(value.into());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::tests::machine;
+
+    fn line(machine: &MachineConfig) -> String {
+        let plan = Qemu::new("/usr/bin/qemu-system-x86_64").plan(machine);
+        plan.unwrap().args.join(" ")
+    }
+
+    #[test]
+    fn the_emulated_command_line_is_the_measured_one() {
+        let mut machine = machine();
+        machine.firmware = Some("/usr/share/qemu/qboot.rom".into());
+        let expected = "-nodefaults -no-user-config -no-reboot -display none -name guest=calm-otter \
+            -machine q35,sata=off,smbus=off,hpet=off,vmport=off,smm=off \
+            -accel tcg,thread=single \
+            -cpu qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand,+rdseed,+aes,+pclmulqdq \
+            -smp 2 -m 512M -bios /usr/share/qemu/qboot.rom -kernel /k/vmlinux -initrd /k/initrd \
+            -append console=ttyS0 reboot=t panic=-1 quiet loglevel=3 cryptomgr.notests audit=0 \
+            -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
+            -chardev stdio,id=console,signal=off -serial chardev:console -monitor none \
+            -qmp unix:qmp.sock,server=on,wait=off \
+            -drive if=none,id=drive0,format=raw,cache=writeback,readonly=on,file=/i/root,, old.img \
+            -device virtio-blk-pci,drive=drive0,addr=0x2 \
+            -drive if=none,id=drive1,format=raw,cache=writeback,discard=unmap,file=/v/disk.img \
+            -device virtio-blk-pci,drive=drive1,addr=0x3,werror=enospc \
+            -device virtio-serial-pci,max_ports=2 \
+            -chardev socket,id=agent,path=agent.sock,server=on,wait=off \
+            -device virtserialport,chardev=agent,id=agent,name=banger.agent \
+            -netdev tap,id=nic,ifname=tap7,script=no,downscript=no \
+            -device virtio-net-pci,netdev=nic,romfile=,mac=02:00:5e:00:00:07 \
+            -device virtio-rng-pci";
+        assert_eq!(line(&machine), expected);
+    }
+
+    #[test]
+    fn kvm_gives_the_hosts_cpu_and_no_firmware_means_qemus_own() {
+        let mut machine = machine();
+        machine.accelerator = Accelerator::Kvm;
+        machine.nic = None;
+        let line = line(&machine);
+        assert!(line.contains("-accel kvm -cpu host"), "{line}");
+        assert!(
+            !line.contains("-bios") && !line.contains("netdev"),
+            "{line}"
+        );
+    }
+}
