@@ -85,8 +85,11 @@ fn receive(tap: &OwnedFd) -> Option<Vec<u8>> {
     Some(bytes[HEADER_BYTES..length].to_vec())
 }
 
-/// The addresses and ports of a frame's TCP segment.
-fn tcp_of(frame: &[u8]) -> Option<((Ipv4Addr, u16), (Ipv4Addr, u16), u32)> {
+/// An address and a port.
+type End = (Ipv4Addr, u16);
+
+/// The two ends and the sequence number of a frame's TCP segment.
+fn tcp_of(frame: &[u8]) -> Option<(End, End, u32)> {
     if frame[12..14] != [8, 0] || frame[23] != TCP {
         return None;
     }
