@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 
 /// How long a VMM may take to answer for the first time. Usually it takes a tenth of a second.
 const LIFE_LIMIT: Duration = Duration::from_secs(10);
+/// How long a VMM that refused may take to end and to say why.
+const REFUSAL_LIMIT: Duration = Duration::from_secs(1);
 /// When to try again where a socket is there but nobody listens yet: this moment has no event.
 const CONNECT_RETRY: Duration = Duration::from_millis(10);
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -177,6 +179,8 @@ fn watch(folder: &Path) -> rustix::io::Result<OwnedFd> {
 fn prove_life(machine: &mut Machine, watch: &OwnedFd, started: Instant) -> Result<(), String> {
     let program = machine.program();
     let mut connected = Connected::Absent;
+    let mut limit_at = started + LIFE_LIMIT;
+    let mut refusal = None;
     loop {
         if connected != Connected::Yes {
             connected = machine
@@ -184,8 +188,11 @@ fn prove_life(machine: &mut Machine, watch: &OwnedFd, started: Instant) -> Resul
                 .connect()
                 .map_err(|error| format!("cannot connect to `{program}`: {error}"))?;
         }
-        let left = LIFE_LIMIT.saturating_sub(started.elapsed());
+        let left = limit_at.saturating_duration_since(Instant::now());
         if left.is_zero() {
+            if let Some(error) = refusal {
+                return Err(format!("`{program}` refused: {error}"));
+            }
             return Err(format!(
                 "`{program}` did not answer within {} seconds",
                 LIFE_LIMIT.as_secs()
@@ -227,11 +234,13 @@ fn prove_life(machine: &mut Machine, watch: &OwnedFd, started: Instant) -> Resul
                 Notice::Done {
                     result: Err(error), ..
                 } => {
-                    return Err(format!("`{program}` refused: {error}"));
+                    // Mostly it is ending, and its exit, which comes next, tells more.
+                    refusal = Some(error);
+                    limit_at = limit_at.min(Instant::now() + REFUSAL_LIMIT);
                 }
                 Notice::Lost => {
-                    // It is ending: its exit, which comes next, tells more.
-                    connected = Connected::Yes;
+                    refusal.get_or_insert_with(|| "it closed its control socket".to_owned());
+                    limit_at = limit_at.min(Instant::now() + REFUSAL_LIMIT);
                 }
                 Notice::Event(event) => machine.qmp_event(event),
             }
