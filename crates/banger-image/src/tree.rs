@@ -223,11 +223,11 @@ impl Tree {
             .collect();
         let mut files = Vec::new();
         for path in doomed {
-            if let Some(entry) = self.entries.remove(&path) {
-                if let Kind::File(content) = &entry.kind {
-                    self.bytes = self.bytes.saturating_sub(content.length());
-                    files.push((path, entry));
-                }
+            if let Some(entry) = self.entries.remove(&path)
+                && let Kind::File(content) = &entry.kind
+            {
+                self.bytes = self.bytes.saturating_sub(content.length());
+                files.push((path, entry));
             }
         }
         for (path, entry) in files {

@@ -305,7 +305,18 @@ impl<'a> Rule<'a> {
             }
             Self::Later(unit) => {
                 let path = format!("etc/systemd/system/{unit}.d/after-ssh.conf");
-                tree.write(&path, 0o644, EPOCH, "[Unit]\nAfter=ssh.service\n");
+                // A login that comes while they start goes first; a login on the console is one itself.
+                let nice = if unit.contains("getty") {
+                    ""
+                } else {
+                    "[Service]\nNice=10\n"
+                };
+                tree.write(
+                    &path,
+                    0o644,
+                    EPOCH,
+                    format!("[Unit]\nAfter=ssh.service\n{nice}"),
+                );
             }
             Self::NoGenerator(name) => {
                 tree.symlink(

@@ -11,6 +11,9 @@ const HAS_CHILDREN: u32 = 0x2000_0000;
 /// Keys, each with its values and their order.
 pub(crate) type Keys = BTreeMap<Vec<u8>, Vec<(u32, String)>>;
 
+/// A key with its values.
+type Key<'a> = (&'a [u8], &'a [(u32, String)]);
+
 /// The bytes of an index.
 pub(crate) fn write(keys: &Keys) -> Vec<u8> {
     let mut out = Vec::new();
@@ -27,7 +30,7 @@ pub(crate) fn write(keys: &Keys) -> Vec<u8> {
 }
 
 /// Writes the node of all `entries`, which agree in their first `depth` bytes and are sorted; returns where it is.
-fn node(entries: &[(&[u8], &[(u32, String)])], depth: usize, out: &mut Vec<u8>) -> u32 {
+fn node(entries: &[Key<'_>], depth: usize, out: &mut Vec<u8>) -> u32 {
     let (first, last) = match (entries.first(), entries.last()) {
         (Some(first), Some(last)) => (first.0, last.0),
         _ => (&[][..], &[][..]),
