@@ -35,6 +35,8 @@ enum Init {
     OpenRc,
     /// Takes a run level on `/run/initctl`.
     SysV,
+    /// Is called `init` and has not yet shown which it is.
+    Unknown,
     /// Knows no request: a shell, an application.
     Other,
 }
@@ -46,6 +48,7 @@ impl Init {
             ("init" | "linuxrc", "busybox") => Self::Busybox,
             _ if has_openrc_pipe => Self::OpenRc,
             _ if has_sysv_pipe => Self::SysV,
+            ("init", "init") => Self::Unknown,
             _ => Self::Other,
         }
     }
@@ -75,6 +78,8 @@ fn is_pipe(path: &str) -> bool {
 pub(crate) enum Asked {
     /// Init was asked.
     Init,
+    /// Init is starting and would not hear it: to be asked again.
+    NotYet,
     /// This init knows no such request.
     Nobody,
     /// It could not be asked.
@@ -84,16 +89,40 @@ pub(crate) enum Asked {
 /// Asks PID 1 to power off, in the way that it understands.
 pub(crate) fn ask_init_to_power_off() -> Asked {
     let asked = match Init::running() {
-        Init::Systemd => kill_process(Pid::INIT, sys::signal(SYSTEMD_POWEROFF)).map_err(Into::into),
-        Init::Busybox => kill_process(Pid::INIT, Signal::USR2).map_err(Into::into),
+        Init::Systemd => return ask_by_signal(sys::signal(SYSTEMD_POWEROFF)),
+        Init::Busybox => return ask_by_signal(Signal::USR2),
         Init::OpenRc => write_pipe(OPENRC_PIPE, b"0"),
         Init::SysV => write_pipe(SYSV_PIPE, &sysv_request(b'0')),
+        Init::Unknown => return Asked::NotYet,
         Init::Other => return Asked::Nobody,
     };
     match asked {
         Ok(()) => Asked::Init,
         Err(error) => Asked::Failed(error),
     }
+}
+
+/// The kernel drops a signal for PID 1 that it neither catches nor blocks, as at its start.
+fn ask_by_signal(signal: Signal) -> Asked {
+    let status = std::fs::read_to_string("/proc/1/status").unwrap_or_default();
+    if !hears(&status, signal) {
+        return Asked::NotYet;
+    }
+    match kill_process(Pid::INIT, signal) {
+        Ok(()) => Asked::Init,
+        Err(error) => Asked::Failed(error.into()),
+    }
+}
+
+/// Whether a process with this `/proc/PID/status` catches or blocks the signal.
+fn hears(status: &str, signal: Signal) -> bool {
+    let bit = 1_u64 << (signal.as_raw() - 1);
+    status
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .filter(|(name, _)| matches!(*name, "SigBlk" | "SigCgt"))
+        .filter_map(|(_, mask)| u64::from_str_radix(mask.trim(), 16).ok())
+        .any(|mask| mask & bit != 0)
 }
 
 fn write_pipe(path: &str, bytes: &[u8]) -> io::Result<()> {
@@ -234,9 +263,20 @@ mod tests {
         assert_eq!(Init::of("init\n", "busybox", true, false), Init::Busybox);
         assert_eq!(Init::of("init\n", "openrc-init", true, false), Init::OpenRc);
         assert_eq!(Init::of("init\n", "init", false, true), Init::SysV);
+        assert_eq!(Init::of("init\n", "init", false, false), Init::Unknown);
         assert_eq!(Init::of("sh\n", "dash", false, false), Init::Other);
         // A script that busybox's shell runs.
         assert_eq!(Init::of("start.sh\n", "busybox", false, false), Init::Other);
+    }
+
+    #[test]
+    fn a_signal_is_heard_when_it_is_caught_or_blocked() {
+        let status =
+            "SigPnd:\t0\nSigBlk:\t0000002000000000\nSigIgn:\t800\nSigCgt:\t0000000000000400\n";
+        assert!(hears(status, sys::signal(SYSTEMD_POWEROFF)));
+        assert!(!hears(status, Signal::USR2));
+        assert!(hears(status, Signal::from_named_raw(11).unwrap()));
+        assert!(!hears("", Signal::USR2));
     }
 
     #[test]

@@ -23,6 +23,10 @@ use std::time::{Duration, Instant};
 /// How long what was said last may take to reach the host.
 const FLUSH_LIMIT: Duration = Duration::from_millis(1500);
 
+/// How often and for how long an init that is starting is asked again to power off.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
+const ASK_LIMIT: Duration = Duration::from_secs(10);
+
 const NOTES: u64 = 1;
 const CHANNEL: u64 = 2;
 const DEVICES: u64 = 3;
@@ -52,6 +56,8 @@ struct Agent {
     channel: Option<Channel>,
     reconnect_at: Option<Instant>,
     backoff: Duration,
+    /// When init is to be asked again to power off, and when that has been tried for long enough.
+    ask_again: Option<(Instant, Instant)>,
     state: State,
 }
 
@@ -67,6 +73,7 @@ impl Agent {
             channel: None,
             reconnect_at: Some(Instant::now()),
             backoff: channel::FIRST_BACKOFF,
+            ask_again: None,
             state: State::new(sys::uptime_ms()),
         };
         let stdin = std::io::stdin();
@@ -96,6 +103,9 @@ impl Agent {
             }
             self.state
                 .look_for_ssh(now, sys::uptime_ms, listening::ssh_listens);
+            if self.ask_again.is_some_and(|(at, _)| at <= now) {
+                self.power_off();
+            }
             self.flush();
             for (token, flags) in self.wait()? {
                 match token {
@@ -122,7 +132,8 @@ impl Agent {
     fn wait(&self) -> io::Result<Vec<(u64, epoll::EventFlags)>> {
         let now = Instant::now();
         let reconnect_at = self.reconnect_at.filter(|_| self.channel.is_none());
-        let next = [reconnect_at, self.state.next_look()]
+        let ask_again = self.ask_again.map(|(at, _)| at);
+        let next = [reconnect_at, self.state.next_look(), ask_again]
             .into_iter()
             .flatten()
             .min();
@@ -272,12 +283,16 @@ impl Agent {
 
     fn power_off(&mut self) {
         self.state.asked_to_power_off = true;
+        let now = Instant::now();
+        let (_, limit) = self.ask_again.take().unwrap_or((now, now + ASK_LIMIT));
         match ending::ask_init_to_power_off() {
             ending::Asked::Init => {}
-            ending::Asked::Nobody => {
-                self.state.say(FromGuest::Bye {
-                    end: GuestEnd::Poweroff,
-                });
+            ending::Asked::NotYet if now < limit => {
+                self.ask_again = Some((now + ASK_AGAIN, limit));
+            }
+            ending::Asked::NotYet | ending::Asked::Nobody => {
+                let end = GuestEnd::Poweroff;
+                self.state.say(FromGuest::Bye { end });
                 self.flush_wholly();
                 ending::power_off_without_init();
             }
