@@ -139,16 +139,12 @@ fn install(packages: &[&str], distribution: &OsRelease) -> Result<()> {
             run(apt(&["install", "-y", "--no-install-recommends"])?.args(packages))
         }
         Plan::Removes(removed) if distribution.id == "debian" => {
-            eprintln!(
-                "a plain installation would remove {removed}: taking newer packages from backports instead"
-            );
-            install_from_backports(packages, distribution)
+            eprintln!("a plain installation would remove {removed}: taking QEMU from backports");
+            install_qemu_from_backports(packages, distribution)
         }
         Plan::Impossible if distribution.id == "debian" => {
-            eprintln!(
-                "a plain installation does not resolve: taking newer packages from backports instead"
-            );
-            install_from_backports(packages, distribution)
+            eprintln!("a plain installation does not resolve: taking QEMU from backports");
+            install_qemu_from_backports(packages, distribution)
         }
         Plan::Removes(removed) => Err(Failure::new(format!(
             "installing {} would remove {removed}",
@@ -226,6 +222,24 @@ fn as_root(program: &str) -> Result<Command> {
     let mut sudo = command(sudo);
     sudo.arg(program);
     Ok(sudo)
+}
+
+/// On a machine with newer parts of QEMU than its release has, only as new a QEMU fits. All else is the release's.
+fn install_qemu_from_backports(packages: &[&str], distribution: &OsRelease) -> Result<()> {
+    let (qemu, others): (Vec<&str>, Vec<&str>) = packages
+        .iter()
+        .partition(|package| package.starts_with("qemu-"));
+    if qemu.is_empty() {
+        return Err(
+            Failure::new(format!("apt finds no way to install {}", others.join(" ")))
+                .hint(format!("apt-get install {}", others.join(" "))),
+        );
+    }
+    install_from_backports(&qemu, distribution)?;
+    if others.is_empty() {
+        return Ok(());
+    }
+    run(apt(&["install", "-y", "--no-install-recommends"])?.args(others))
 }
 
 /// Installs with the release's backports as one more source. That source and its lists are in a folder of their own,

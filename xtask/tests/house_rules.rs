@@ -1,5 +1,7 @@
 //! The rules that ARCHITECTURE.md states and that can be read off the sources and the dependency graph.
 
+#![expect(clippy::unwrap_used, reason = "all of this is a test")]
+
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

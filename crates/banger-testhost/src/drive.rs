@@ -59,7 +59,11 @@ fn write(contents: &Contents, image: &Path) -> Result<()> {
     };
     let placed: Vec<(PathBuf, PathBuf)> = [
         (contents.programs.clone(), "bin"),
-        (contents.fixtures.clone(), "fixtures"),
+        // Not what they were made from, which is beside it.
+        (
+            contents.fixtures.as_ref().map(|data| data.join("banger")),
+            "fixtures/banger",
+        ),
         (contents.suite.clone(), "suite"),
         (contents.firecracker.clone(), "bin/firecracker"),
     ]
