@@ -51,45 +51,66 @@ fn parse_host(text: &str) -> Result<Host, BuildError> {
 /// Downloads `package` with apt, which checks it against the signed lists, into the cache; returns the file. A file
 /// that is there already is taken.
 pub(crate) fn download(package: &str, context: &Context) -> Result<PathBuf, BuildError> {
-    if !is_package_name(package) {
-        return Err(unknown_package(package));
+    let mut paths = download_all(&[package.to_owned()], context)?;
+    paths.pop().ok_or_else(|| unknown_package(package))
+}
+
+/// Downloads several packages as [`download`] does one.
+pub(crate) fn download_all(
+    packages: &[String],
+    context: &Context,
+) -> Result<Vec<PathBuf>, BuildError> {
+    if let Some(bad) = packages.iter().find(|package| !is_package_name(package)) {
+        return Err(unknown_package(bad));
     }
     let folder = context.cache_dir.join("packages");
     std::fs::create_dir_all(&folder).map_err(BuildError::io("create", &folder))?;
-    // Where the file is already, apt would print nothing.
+    // Where a file is already, apt would print nothing.
     let elsewhere = Path::new("/");
-    let arguments = ["download", "--print-uris", package];
-    let listed = apt_get(elsewhere, arguments, None, context)?;
-    if !listed.status.success() {
-        if listed.stderr.contains("Unable to locate")
-            || listed.stderr.contains("no installation candidate")
-            || listed.stderr.contains("Can't select")
-        {
-            return Err(missing(package, &folder, context)?);
-        }
-        return Err(listed
-            .check("apt-get")
-            .err()
-            .unwrap_or_else(|| unknown_package(package)));
-    }
-    let (name, bytes) = parse_uri(&String::from_utf8_lossy(&listed.stdout))
-        .ok_or_else(|| unknown_package(package))?;
-    let path = folder.join(&name);
-    if std::fs::metadata(&path).is_ok_and(|metadata| metadata.len() == bytes) {
-        return Ok(path);
-    }
-    context.tell_amount("download", &name, None, Some(bytes));
-    apt_get(
-        &folder,
-        ["download", package, "-q"],
-        Some("download"),
+    let listed = apt_get(
+        elsewhere,
+        &["download", "--print-uris"],
+        packages,
+        None,
         context,
-    )?
-    .check("apt-get")?;
-    match std::fs::metadata(&path) {
-        Ok(_) => Ok(path),
-        Err(error) => Err(BuildError::io("find the downloaded", &path)(error)),
+    )?;
+    if !listed.status.success() {
+        let unknown = [
+            "Unable to locate",
+            "no installation candidate",
+            "Can't select",
+        ];
+        if unknown.iter().any(|text| listed.stderr.contains(text)) {
+            let named = packages.iter().find(|p| listed.stderr.contains(p.as_str()));
+            return Err(missing(named.unwrap_or(&packages[0]), context)?);
+        }
+        listed.check("apt-get")?;
+        return Ok(Vec::new());
     }
+    let mut paths = Vec::new();
+    let mut absent = Vec::new();
+    let text = String::from_utf8_lossy(&listed.stdout).into_owned();
+    for package in packages {
+        let (name, bytes) = text
+            .lines()
+            .filter_map(parse_uri)
+            .find(|(name, _)| name.split('_').next() == Some(package))
+            .ok_or_else(|| unknown_package(package))?;
+        let path = folder.join(&name);
+        if !std::fs::metadata(&path).is_ok_and(|metadata| metadata.len() == bytes) {
+            context.tell_amount("download", &name, None, Some(bytes));
+            absent.push(package.clone());
+        }
+        paths.push(path);
+    }
+    if !absent.is_empty() {
+        let stage = Some("download");
+        apt_get(&folder, &["download", "-q"], &absent, stage, context)?.check("apt-get")?;
+    }
+    for path in &paths {
+        std::fs::metadata(path).map_err(BuildError::io("find the downloaded", path))?;
+    }
+    Ok(paths)
 }
 
 fn unknown_package(package: &str) -> BuildError {
@@ -99,23 +120,24 @@ fn unknown_package(package: &str) -> BuildError {
 }
 
 /// Whether apt lacks one package or all lists.
-fn missing(package: &str, folder: &Path, context: &Context) -> Result<BuildError, BuildError> {
+fn missing(package: &str, context: &Context) -> Result<BuildError, BuildError> {
     let arguments = [
         "indextargets",
         "--format",
         "$(FILENAME)",
         "Created-By: Packages",
     ];
-    let lists = apt_get(folder, arguments, None, context)?;
+    let lists = apt_get(Path::new("/"), &arguments, &[], None, context)?;
     if lists.stdout.trim_ascii().is_empty() {
         return Ok(BuildError::NoAptLists);
     }
     Ok(unknown_package(package))
 }
 
-fn apt_get<const N: usize>(
+fn apt_get(
     folder: &Path,
-    arguments: [&str; N],
+    arguments: &[&str],
+    packages: &[String],
     stage: Option<&'static str>,
     context: &Context,
 ) -> Result<Outcome, BuildError> {
@@ -128,7 +150,8 @@ fn apt_get<const N: usize>(
             .map(OsString::from)
             .into_iter()
             .chain(options)
-            .chain(arguments.map(OsString::from))
+            .chain(arguments.iter().map(OsString::from))
+            .chain(packages.iter().map(OsString::from))
             .collect(),
         folder: Some(folder),
         environment: Vec::new(),
@@ -138,16 +161,14 @@ fn apt_get<const N: usize>(
     .run(context)
 }
 
-/// File name and size of the last line of the form `'address' name size digest`.
-fn parse_uri(text: &str) -> Option<(String, u64)> {
-    text.lines().rev().find_map(|line| {
-        let mut parts = line.strip_prefix('\'')?.rsplit(' ');
-        let _digest = parts.next()?;
-        let bytes = parts.next()?.parse().ok()?;
-        let name = parts.next()?;
-        let safe = name.ends_with(".deb") && !name.starts_with('.') && !name.contains('/');
-        safe.then(|| (name.to_owned(), bytes))
-    })
+/// File name and size in a line of the form `'address' name size digest`.
+fn parse_uri(line: &str) -> Option<(String, u64)> {
+    let mut parts = line.strip_prefix('\'')?.trim_end().rsplit(' ');
+    let _digest = parts.next()?;
+    let bytes = parts.next()?.parse().ok()?;
+    let name = parts.next()?;
+    let safe = name.ends_with(".deb") && !name.starts_with('.') && !name.contains('/');
+    safe.then(|| (name.to_owned(), bytes))
 }
 
 /// Whether the text may be a package's name.

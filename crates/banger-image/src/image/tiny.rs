@@ -20,15 +20,20 @@ pub(super) fn gather(packages: &[String], context: &Context) -> Result<Material,
     let mut seen = BTreeSet::new();
     let mut hash = Sha256::new();
     let mut waiting: Vec<String> = packages.to_vec();
-    while let Some(name) = waiting.pop() {
-        if !seen.insert(name.clone()) {
-            continue;
+    while !waiting.is_empty() {
+        waiting.sort();
+        waiting.dedup();
+        waiting.retain(|name| seen.insert(name.clone()));
+        if waiting.is_empty() {
+            break;
         }
-        let path = apt::download(&name, context)?;
-        let package = read_package(&path, context)?;
-        add_package(&mut tree, &package.tree);
-        waiting.extend(package.depends.into_iter().filter(|d| is_library(d)));
-        taken.push(package.version);
+        // A call of apt takes longer than all the rest: one for every round of dependencies.
+        for path in apt::download_all(&std::mem::take(&mut waiting), context)? {
+            let package = read_package(&path, context)?;
+            add_package(&mut tree, &package.tree);
+            waiting.extend(package.depends.into_iter().filter(|d| is_library(d)));
+            taken.push(package.version);
+        }
     }
     taken.sort();
     for package in &taken {

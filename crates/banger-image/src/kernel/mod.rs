@@ -242,3 +242,69 @@ fn size_of(dir: &Path) -> Result<u64, BuildError> {
 pub fn read_manifest(kernel_dir: &Path) -> Result<KernelManifest, KernelError> {
     crate::store::read_json(&kernel_dir.join(MANIFEST))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(kernel: &Path) -> KernelRequest {
+        KernelRequest {
+            id: "0198c2a4-7d1e-7b3a-9c4d-1f2e3d4c5b6a".parse().unwrap(),
+            name: None,
+            source: KernelSource::Files {
+                kernel: kernel.to_owned(),
+                modules: None,
+            },
+        }
+    }
+
+    #[test]
+    fn a_kernel_without_modules_becomes_a_bundle_that_names_what_is_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (kernel, init) = (dir.path().join("vmlinux"), dir.path().join("init"));
+        std::fs::write(&kernel, vmlinux::tests::elf(true)).unwrap();
+        std::fs::write(&init, "one").unwrap();
+        let staging = dir.path().join("staging");
+        let context = Context::quiet(dir.path().join("cache"));
+        let made = build_kernel(&request(&kernel), &init, &staging, &context).unwrap();
+        assert_eq!(made.release, "6.1.0-9-cloud-amd64");
+        assert!(made.pvh && made.missing_modules.contains(&"ext4".to_owned()));
+        assert_eq!(read_manifest(&staging).unwrap(), made);
+        let uuid = crate::template::read_ext4_uuid(&staging.join(MODULES_IMAGE)).unwrap();
+        assert_eq!(uuid.to_string(), made.modules_uuid);
+    }
+
+    #[test]
+    fn the_initrd_is_made_again_only_for_another_init() {
+        let dir = tempfile::tempdir().unwrap();
+        let (kernel, init) = (dir.path().join("vmlinux"), dir.path().join("init"));
+        std::fs::write(&kernel, vmlinux::tests::elf(true)).unwrap();
+        std::fs::write(&init, "one").unwrap();
+        let staging = dir.path().join("staging");
+        let context = Context::quiet(dir.path().join("cache"));
+        build_kernel(&request(&kernel), &init, &staging, &context).unwrap();
+        let first = std::fs::read(staging.join(INITRD)).unwrap();
+        assert!(!refresh_initrd(&staging, &init).unwrap());
+        std::fs::write(&init, "another").unwrap();
+        assert!(refresh_initrd(&staging, &init).unwrap());
+        assert!(!refresh_initrd(&staging, &init).unwrap());
+        assert_ne!(std::fs::read(staging.join(INITRD)).unwrap(), first);
+        std::fs::write(&init, "one").unwrap();
+        assert!(refresh_initrd(&staging, &init).unwrap());
+        assert_eq!(std::fs::read(staging.join(INITRD)).unwrap(), first);
+    }
+
+    #[test]
+    fn a_cancelled_build_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let (kernel, init) = (dir.path().join("vmlinux"), dir.path().join("init"));
+        std::fs::write(&kernel, vmlinux::tests::elf(true)).unwrap();
+        std::fs::write(&init, "one").unwrap();
+        let context = Context::quiet(dir.path().join("cache"));
+        context
+            .cancel
+            .store(true, std::sync::atomic::Ordering::Relaxed);
+        let result = build_kernel(&request(&kernel), &init, &dir.path().join("s"), &context);
+        assert!(matches!(result, Err(BuildError::Cancelled)));
+    }
+}

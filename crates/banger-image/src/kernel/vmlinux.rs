@@ -186,11 +186,11 @@ pub(crate) fn is_release(text: &str) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     /// An ELF with one segment in the upper half and, if asked for, a PVH note.
-    fn elf(pvh: bool) -> Vec<u8> {
+    pub(crate) fn elf(pvh: bool) -> Vec<u8> {
         let text = b"Linux version %s\0Linux version 6.1.0-9-cloud-amd64 (someone) #1\0";
         let mut note = Vec::new();
         for word in [4u32, 4, if pvh { XEN_ELFNOTE_PHYS32_ENTRY.0 } else { 5 }] {
