@@ -61,8 +61,13 @@ impl Tally {
         self.failed.insert(what.into());
     }
 
+    /// How many failures there are so far. Tests of the same name in different programs count each.
+    pub(crate) fn failures(&self) -> usize {
+        self.failed_count.max(self.failed.len())
+    }
+
     pub(crate) fn succeeded(&self) -> bool {
-        self.failed_count == 0 && self.failed.is_empty()
+        self.failures() == 0
     }
 
     /// All skips and failures, and as the last line the counts.
@@ -81,7 +86,7 @@ impl Tally {
             "{} real runs of Firecracker\n",
             self.firecracker_runs.len()
         ));
-        let failed = self.failed_count.max(self.failed.len());
+        let failed = self.failures();
         // The harness counts a test that skipped itself as passed.
         let passed = self.passed.saturating_sub(self.skipped_by_themselves());
         let skipped = self.skipped.len();
