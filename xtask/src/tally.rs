@@ -15,8 +15,8 @@ pub(crate) struct Tally {
     failed_count: usize,
     skipped: BTreeSet<String>,
     firecracker_runs: Vec<String>,
-    /// Whether the test program whose output is being read holds system tests, which are ignored at first and run
-    /// by themselves later.
+    /// Whether the test program whose output is being read holds system tests or the test host's, which are ignored
+    /// at first and run by themselves later.
     in_system_tests: bool,
 }
 
@@ -25,7 +25,8 @@ impl Tally {
     pub(crate) fn read(&mut self, line: &str) {
         let line = line.trim();
         if let Some(program) = line.strip_prefix("Running ") {
-            self.in_system_tests = program.contains("tests/system_");
+            self.in_system_tests =
+                program.contains("tests/system_") || program.contains("tests/suite.rs");
         }
         // The harness and a test may share a line when output is not captured.
         if let Some(at) = line.find(SKIPPED) {
