@@ -1,2 +1,5 @@
-//! Skeleton.
-fn main() {}
+//! The `banger` program.
+
+fn main() -> std::process::ExitCode {
+    banger_cli::main()
+}

@@ -1,0 +1,45 @@
+//! `banger daemon start` and `banger daemon restart`.
+
+use super::render;
+use crate::context::{Context, Daemon, block_on};
+use crate::ensure_daemon::{self, Mode};
+use crate::output::{OutputArgs, json, print};
+use crate::report::Outcome;
+
+/// Start the daemon if it does not run
+#[derive(Debug, clap::Args)]
+pub(crate) struct StartArgs {
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Stop the daemon and start it again; VMs run on
+#[derive(Debug, clap::Args)]
+pub(crate) struct RestartArgs {
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+pub(crate) fn run(args: StartArgs) -> Outcome {
+    let context = Context::from_env()?;
+    block_on(async {
+        show(
+            &ensure_daemon::ensure(&context.paths, Mode::Start).await?,
+            args.output,
+        )
+    })
+}
+
+pub(crate) fn restart(args: RestartArgs) -> Outcome {
+    let context = Context::from_env()?;
+    block_on(async { show(&ensure_daemon::restart(&context.paths).await?, args.output) })
+}
+
+fn show(daemon: &Daemon, output: OutputArgs) -> Outcome {
+    if output.json {
+        json(&daemon.status)?;
+    } else {
+        print(&render(&daemon.status))?;
+    }
+    Ok(0)
+}

@@ -1,0 +1,89 @@
+//! The verbs, one file each.
+
+mod completions;
+mod daemon;
+mod doctor;
+mod driver;
+mod explain;
+mod image;
+mod kernel;
+mod version;
+mod vm;
+
+use crate::output::table;
+use crate::report::{Failure, Outcome, print};
+use banger_api::error::ErrorCode;
+
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Command {
+    #[command(subcommand)]
+    Vm(vm::VmCommand),
+    #[command(subcommand)]
+    Image(image::ImageCommand),
+    #[command(subcommand)]
+    Kernel(kernel::KernelCommand),
+    #[command(subcommand)]
+    Driver(driver::DriverCommand),
+    #[command(subcommand)]
+    Daemon(daemon::DaemonCommand),
+    Doctor(doctor::DoctorArgs),
+    Explain(explain::ExplainArgs),
+    Version(version::VersionArgs),
+    Completions(completions::CompletionsArgs),
+}
+
+/// Does what was asked.
+pub(crate) fn run(command: Command) -> Outcome {
+    match command {
+        Command::Vm(command) => vm::run(command),
+        Command::Image(command) => image::run(command),
+        Command::Kernel(command) => kernel::run(command),
+        Command::Driver(command) => driver::run(command),
+        Command::Daemon(command) => daemon::run(command),
+        Command::Doctor(args) => doctor::run(args),
+        Command::Explain(args) => explain::run(args),
+        Command::Version(args) => version::run(args),
+        Command::Completions(args) => completions::run(args),
+    }
+}
+
+/// The table of exit codes, made from the error codes themselves.
+pub(crate) fn exit_codes() -> String {
+    let mut codes: Vec<u8> = ErrorCode::ALL.iter().map(|code| code.exit_code()).collect();
+    codes.sort_unstable();
+    codes.dedup();
+    let mut text = String::from("  0    done\n");
+    for exit_code in codes {
+        let names: Vec<_> = ErrorCode::ALL
+            .iter()
+            .filter(|code| code.exit_code() == exit_code)
+            .map(|code| code.name())
+            .collect();
+        let usage = if exit_code == 2 { "usage, " } else { "" };
+        text.push_str(&format!("  {exit_code:<4} {usage}{}\n", names.join(", ")));
+    }
+    text.push_str(
+        "  `vm ssh` ends with the exit code of the command, or 255 if ssh itself failed.\n",
+    );
+    text.push_str("  A verb for several things does all it can and ends with the highest code.\n");
+    text.push_str("  `banger explain CODE` tells more about a code.");
+    text
+}
+
+/// The table of error codes.
+fn codes_table() -> String {
+    table(
+        &["CODE", "EXIT"],
+        ErrorCode::ALL
+            .iter()
+            .map(|code| vec![code.name().to_owned(), code.exit_code().to_string()]),
+    )
+}
+
+/// Reports every failure of a verb that was given several things; the highest exit code wins.
+fn worst(failures: &[Failure]) -> u8 {
+    for failure in failures {
+        print(&failure.0);
+    }
+    failures.iter().map(Failure::exit_code).max().unwrap_or(0)
+}

@@ -1,0 +1,50 @@
+//! `banger vm delete`.
+
+use super::for_each;
+use crate::complete;
+use crate::context::with_daemon;
+use crate::output::OutputArgs;
+use crate::report::Outcome;
+use banger_api::endpoint::DeleteVmEndpoint;
+use banger_api::vm::DeleteVm;
+
+/// Delete VMs: put them into the trash, or purge them
+///
+/// The trash keeps a VM's record and files and frees its name. `--purge` removes them for ever, also of a VM that is
+/// in the trash already.
+#[derive(Debug, clap::Args)]
+#[command(visible_alias = "rm")]
+#[command(
+    after_help = "Examples:\n  banger vm delete otter\n  banger vm delete otter --force --purge   Kill it and leave nothing"
+)]
+pub(crate) struct DeleteArgs {
+    /// The VMs, by name, id or unambiguous prefix
+    #[arg(value_name = "NAME", required = true, add = complete::vms())]
+    vms: Vec<String>,
+    /// Kill those that run
+    #[arg(long)]
+    force: bool,
+    /// Remove records and files for ever
+    #[arg(long)]
+    purge: bool,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+pub(crate) fn run(args: DeleteArgs) -> Outcome {
+    let request = DeleteVm {
+        force: args.force,
+        purge: args.purge,
+    };
+    with_daemon(async |_, daemon| {
+        for_each(&daemon, &args.vms, args.output, |client, name| {
+            let request = request.clone();
+            async move {
+                client
+                    .call::<DeleteVmEndpoint>(&[("vm", &name)], &request)
+                    .await
+            }
+        })
+        .await
+    })
+}

@@ -1,0 +1,210 @@
+//! The command line of the system's `ssh`, for one VM.
+//!
+//! Nothing of the person's own ssh configuration takes part, the key is banger's own, and the VM's host key is the
+//! pinned one: `ssh` gets it from a command that prints it, so that no file is left behind.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+/// What an `ssh` command line is made of.
+#[derive(Debug, Clone)]
+pub(crate) struct SshTarget<'a> {
+    /// This program.
+    pub(crate) banger: &'a Path,
+    /// The private key.
+    pub(crate) identity: &'a Path,
+    /// The VM's id, which stands for its host name.
+    pub(crate) id: String,
+    /// The VM's address.
+    pub(crate) address: String,
+    /// The public half of the VM's host key, as OpenSSH writes it.
+    pub(crate) host_key: &'a str,
+    /// Connect through the daemon rather than to the address.
+    pub(crate) through_daemon: bool,
+    /// Ask for a terminal although there is a command.
+    pub(crate) tty: bool,
+}
+
+/// The host key is not `type base64`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the pinned host key `{}` is no OpenSSH public key", .0.escape_debug())]
+pub(crate) struct HostKeyError(String);
+
+/// The arguments after `ssh`.
+///
+/// # Errors
+/// The host key is not what OpenSSH writes.
+pub(crate) fn arguments(
+    target: &SshTarget<'_>,
+    command: &[String],
+) -> Result<Vec<OsString>, HostKeyError> {
+    let (kind, key) =
+        split_host_key(target.host_key).ok_or_else(|| HostKeyError(target.host_key.to_owned()))?;
+    let banger = target.banger.to_string_lossy();
+    let known_host = [banger.as_ref(), "vm", "known-host", &target.id, kind, key].map(config_word);
+    let mut options = vec![
+        format!(
+            "IdentityFile={}",
+            config_word(&target.identity.to_string_lossy())
+        ),
+        "IdentitiesOnly=yes".to_owned(),
+        "IdentityAgent=none".to_owned(),
+        "PreferredAuthentications=publickey".to_owned(),
+        "UserKnownHostsFile=/dev/null".to_owned(),
+        "GlobalKnownHostsFile=/dev/null".to_owned(),
+        format!("KnownHostsCommand={}", known_host.join(" ")),
+        "StrictHostKeyChecking=yes".to_owned(),
+        "UpdateHostKeys=no".to_owned(),
+        format!("HostKeyAlias={}", target.id),
+        "ConnectTimeout=20".to_owned(),
+        "LogLevel=ERROR".to_owned(),
+    ];
+    if target.through_daemon {
+        let proxy = [banger.as_ref(), "vm", "proxy", &target.id].map(shell_word);
+        options.push(format!("ProxyCommand={} %p", proxy.join(" ")));
+    }
+    if !command.is_empty() {
+        options.push("BatchMode=yes".to_owned());
+    }
+    let mut arguments: Vec<OsString> = vec!["-F".into(), "/dev/null".into()];
+    if target.tty {
+        arguments.push("-t".into());
+    }
+    for option in options {
+        arguments.push("-o".into());
+        arguments.push(option.into());
+    }
+    arguments.push(format!("root@{}", target.address).into());
+    // `ssh` would read options behind the destination too.
+    if !command.is_empty() {
+        arguments.push("--".into());
+    }
+    arguments.extend(command.iter().map(OsString::from));
+    Ok(arguments)
+}
+
+/// Type and key of a public host key; its comment is left out.
+fn split_host_key(line: &str) -> Option<(&str, &str)> {
+    let mut words = line.split_ascii_whitespace();
+    let (kind, key) = (words.next()?, words.next()?);
+    let is_kind = kind
+        .bytes()
+        .all(|byte| byte.is_ascii_alphanumeric() || b"-@.".contains(&byte));
+    let is_key = key
+        .bytes()
+        .all(|byte| byte.is_ascii_alphanumeric() || b"+/=".contains(&byte));
+    (is_kind && is_key).then_some((kind, key))
+}
+
+/// A word as ssh's configuration reads it: quoted, with its `%` tokens taken literally.
+fn config_word(word: impl AsRef<str>) -> String {
+    let escaped = word
+        .as_ref()
+        .replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('%', "%%");
+    format!("\"{escaped}\"")
+}
+
+/// A word as the shell reads it, with ssh's `%` tokens taken literally.
+fn shell_word(word: impl AsRef<str>) -> String {
+    let escaped = word.as_ref().replace('\'', "'\\''").replace('%', "%%");
+    format!("'{escaped}'")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn target(through_daemon: bool) -> SshTarget<'static> {
+        SshTarget {
+            banger: Path::new("/opt/100% mine/it's/banger"),
+            identity: Path::new("/home/o/my \"keys\"/id_ed25519"),
+            id: "0198c2a4-7d1e-7b3a-9c4d-1f2e3d4c5b6a".to_owned(),
+            address: "172.16.0.2".to_owned(),
+            host_key: "ssh-ed25519 AAAAC3Nza+/= root@calm-otter",
+            through_daemon,
+            tty: false,
+        }
+    }
+
+    fn option(arguments: &[OsString], name: &str) -> Option<String> {
+        let prefix = format!("{name}=");
+        let found = arguments
+            .iter()
+            .find_map(|argument| argument.to_str()?.strip_prefix(&prefix));
+        found.map(str::to_owned)
+    }
+
+    #[test]
+    fn the_host_key_is_pinned_and_no_other_is_believed() {
+        let arguments = arguments(&target(false), &[]).unwrap();
+        assert_eq!(
+            option(&arguments, "StrictHostKeyChecking").as_deref(),
+            Some("yes")
+        );
+        assert_eq!(
+            option(&arguments, "UserKnownHostsFile").as_deref(),
+            Some("/dev/null")
+        );
+        assert_eq!(
+            option(&arguments, "KnownHostsCommand").as_deref(),
+            Some(
+                "\"/opt/100%% mine/it's/banger\" \"vm\" \"known-host\" \"0198c2a4-7d1e-7b3a-9c4d-1f2e3d4c5b6a\" \"ssh-ed25519\" \"AAAAC3Nza+/=\""
+            )
+        );
+        assert_eq!(
+            option(&arguments, "HostKeyAlias").as_deref(),
+            Some("0198c2a4-7d1e-7b3a-9c4d-1f2e3d4c5b6a")
+        );
+        assert_eq!(
+            option(&arguments, "IdentityFile").as_deref(),
+            Some("\"/home/o/my \\\"keys\\\"/id_ed25519\"")
+        );
+    }
+
+    #[test]
+    fn as_root_ssh_connects_to_the_address_itself() {
+        let arguments = arguments(&target(false), &[]).unwrap();
+        assert_eq!(option(&arguments, "ProxyCommand"), None);
+        assert_eq!(arguments.last().unwrap(), "root@172.16.0.2");
+        assert_eq!(option(&arguments, "BatchMode"), None);
+    }
+
+    #[test]
+    fn without_root_ssh_goes_through_the_daemon() {
+        let arguments = arguments(&target(true), &[]).unwrap();
+        assert_eq!(
+            option(&arguments, "ProxyCommand").as_deref(),
+            Some(
+                "'/opt/100%% mine/it'\\''s/banger' 'vm' 'proxy' '0198c2a4-7d1e-7b3a-9c4d-1f2e3d4c5b6a' %p"
+            )
+        );
+    }
+
+    #[test]
+    fn a_command_follows_the_destination_as_it_is() {
+        let command = ["uname -a; id".to_owned(), "-x".to_owned()];
+        let arguments = arguments(&target(false), &command).unwrap();
+        let end: Vec<_> = arguments.iter().rev().take(4).rev().collect();
+        assert_eq!(end, ["root@172.16.0.2", "--", "uname -a; id", "-x"]);
+        assert_eq!(option(&arguments, "BatchMode").as_deref(), Some("yes"));
+    }
+
+    #[test]
+    fn a_host_key_cannot_smuggle_words_into_the_command() {
+        for bad in [
+            "",
+            "ssh-ed25519",
+            "ssh-ed25519 AA\"BB",
+            "ssh%h AAAA",
+            "a;b AAAA",
+        ] {
+            let target = SshTarget {
+                host_key: bad,
+                ..target(false)
+            };
+            assert!(arguments(&target, &[]).is_err(), "{bad}");
+        }
+    }
+}

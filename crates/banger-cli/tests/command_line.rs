@@ -1,0 +1,487 @@
+//! The `banger` program against a daemon that answers from fixed text, and against none.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+/// A home of its own for each test, with a fake `bangerd` that is stopped at the end.
+struct TestEnv {
+    folder: tempfile::TempDir,
+}
+
+impl TestEnv {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let env = Self { folder };
+        std::fs::create_dir(env.path("libexec")).unwrap();
+        // A copy, since a build is identified by its file.
+        std::fs::copy(fake_bangerd(), env.path("libexec/bangerd")).unwrap();
+        env
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "the program under test")]
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_banger"));
+        command
+            .args(arguments)
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin")
+            .env("HOME", self.path("home"))
+            .env("XDG_RUNTIME_DIR", self.path("run"))
+            .env("BANGER_LIBEXEC", self.path("libexec"))
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Run {
+        Run::of(self.command(arguments).output().unwrap())
+    }
+
+    fn run_with(&self, variable: (&str, &str), arguments: &[&str]) -> Run {
+        Run::of(
+            self.command(arguments)
+                .env(variable.0, variable.1)
+                .output()
+                .unwrap(),
+        )
+    }
+
+    fn state(&self, name: &str) -> String {
+        let path = self.path("home/.local/state/banger").join(name);
+        std::fs::read_to_string(path).unwrap_or_default()
+    }
+
+    fn starts(&self) -> usize {
+        self.state("starts").lines().count()
+    }
+}
+
+impl Drop for TestEnv {
+    fn drop(&mut self) {
+        let _ = self.command(&["daemon", "stop"]).output();
+    }
+}
+
+fn fake_bangerd() -> PathBuf {
+    let tests = std::env::current_exe().unwrap();
+    let built = tests
+        .parent()
+        .and_then(Path::parent)
+        .unwrap()
+        .join("examples/fake-bangerd");
+    assert!(
+        built.is_file(),
+        "run the whole package's tests, so that {} is built",
+        built.display()
+    );
+    built
+}
+
+/// How the program ended.
+#[derive(Debug)]
+struct Run {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+impl Run {
+    fn of(output: Output) -> Self {
+        Self {
+            code: output.status.code(),
+            stdout: String::from_utf8(output.stdout).unwrap(),
+            stderr: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+
+    #[track_caller]
+    fn expect(self, code: i32) -> Self {
+        assert_eq!(self.code, Some(code), "{self:?}");
+        self
+    }
+}
+
+#[test]
+fn the_daemon_is_started_when_it_is_needed_and_only_then() {
+    let env = TestEnv::new();
+    env.run(&["--version"]).expect(0);
+    env.run(&["explain"]).expect(0);
+    env.run(&["version"]).expect(0);
+    let status = env.run(&["daemon", "status"]).expect(3);
+    assert_eq!(status.stdout, "daemon  not running\n");
+    assert_eq!(
+        env.run(&["daemon", "status", "--json"]).expect(3).stdout,
+        "null\n"
+    );
+    assert_eq!(env.starts(), 0);
+    let list = env.run(&["vm", "list"]).expect(0);
+    assert!(
+        list.stdout.contains("calm-otter  stopped (never started)"),
+        "{list:?}"
+    );
+    env.run(&["vm", "list"]).expect(0);
+    assert_eq!(env.starts(), 1);
+    env.run(&["daemon", "status"]).expect(0);
+    env.run(&["daemon", "stop"]).expect(0);
+    env.run(&["daemon", "status"]).expect(3);
+    let again = env.run(&["daemon", "stop"]).expect(0);
+    assert_eq!(again.stderr, "the daemon does not run\n");
+}
+
+#[test]
+fn several_commands_at_once_start_exactly_one_daemon() {
+    let env = TestEnv::new();
+    let children: Vec<_> = (0..6)
+        .map(|_| {
+            env.command(&["vm", "list"])
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    for child in children {
+        Run::of(child.wait_with_output().unwrap()).expect(0);
+    }
+    assert_eq!(env.starts(), 1);
+}
+
+#[test]
+fn a_stale_socket_is_no_hindrance() {
+    let env = TestEnv::new();
+    std::fs::create_dir_all(env.path("run/banger")).unwrap();
+    set_mode(&env.path("run/banger"), 0o700);
+    drop(std::os::unix::net::UnixListener::bind(env.path("run/banger/bangerd.sock")).unwrap());
+    env.run(&["vm", "list"]).expect(0);
+}
+
+#[test]
+fn a_daemon_of_another_build_is_replaced_but_not_twice_in_a_minute() {
+    let env = TestEnv::new();
+    env.run_with(("FAKE_BUILD", "old"), &["vm", "list"])
+        .expect(0);
+    assert_eq!(env.starts(), 1);
+    let replaced = env
+        .run_with(("FAKE_BUILD", "older"), &["vm", "list"])
+        .expect(0);
+    assert!(
+        replaced.stderr.contains("it is replaced (VMs run on)"),
+        "{replaced:?}"
+    );
+    assert_eq!(env.starts(), 2);
+    assert!(
+        env.state("requests")
+            .contains("POST /v1/daemon/stop HTTP/1.1{\"vms\":false}")
+    );
+    env.run(&["vm", "list"]).expect(0);
+    assert_eq!(env.starts(), 2);
+    env.run(&["daemon", "restart"]).expect(0);
+    assert_eq!(env.starts(), 3);
+}
+
+#[test]
+fn without_autostart_nothing_is_started() {
+    let env = TestEnv::new();
+    let run = env
+        .run_with(("BANGER_NO_AUTOSTART", "1"), &["vm", "list"])
+        .expect(3);
+    assert!(
+        run.stderr
+            .starts_with("error: cannot connect to the daemon's socket"),
+        "{run:?}"
+    );
+    assert!(
+        run.stderr.contains("hint: BANGER_NO_AUTOSTART is set"),
+        "{run:?}"
+    );
+    assert_eq!(env.starts(), 0);
+}
+
+#[test]
+fn what_a_daemon_says_before_it_fails_is_passed_on() {
+    let env = TestEnv::new();
+    let run = env
+        .run_with(("FAKE_BANGERD", "error"), &["vm", "list"])
+        .expect(11);
+    assert_eq!(
+        run.stderr,
+        "error: the database is newer\nhint: install a newer banger\n"
+    );
+    let run = env
+        .run_with(("FAKE_BANGERD", "silent-exit"), &["vm", "list"])
+        .expect(3);
+    assert!(
+        run.stderr
+            .contains("ended before it was ready (exit status: 4)"),
+        "{run:?}"
+    );
+    assert!(
+        run.stderr
+            .contains("caused by: cannot find my \\x1b[31mfeet\n"),
+        "{run:?}"
+    );
+    let run = env
+        .run_with(("FAKE_BANGERD", "garbage"), &["vm", "list"])
+        .expect(3);
+    assert!(
+        run.stderr
+            .contains("said something else than that it is ready"),
+        "{run:?}"
+    );
+    std::fs::remove_file(env.path("libexec/bangerd")).unwrap();
+    let run = env.run(&["vm", "list"]);
+    if run.code != Some(0) {
+        // Beside the program under test a real one may have been built.
+        assert!(
+            run.stderr.contains("cannot find the program `bangerd`"),
+            "{run:?}"
+        );
+        run.expect(3);
+    }
+}
+
+#[test]
+fn what_is_in_the_way_of_the_socket_is_named() {
+    let env = TestEnv::new();
+    let socket = env.path("run/banger/bangerd.sock");
+    std::fs::create_dir_all(&socket).unwrap();
+    let run = env.run(&["vm", "list"]).expect(3);
+    assert!(run.stderr.contains("is a directory"), "{run:?}");
+    std::fs::remove_dir(&socket).unwrap();
+    set_mode(&env.path("run/banger"), 0o777);
+    let run = env.run(&["vm", "list"]).expect(7);
+    assert!(
+        run.stderr
+            .contains("others may write to the runtime folder"),
+        "{run:?}"
+    );
+    assert_eq!(env.starts(), 0);
+}
+
+#[test]
+fn a_long_home_is_no_hindrance() {
+    let env = TestEnv::new();
+    let home = env.path(&"h".repeat(90));
+    let list = |arguments: &[&str]| {
+        let mut command = env.command(arguments);
+        command.env("HOME", &home).env_remove("XDG_RUNTIME_DIR");
+        command
+    };
+    if banger_runtime_is_home() {
+        // The fake binds the plain path, so only what the client does first is seen here.
+        let output = list(&["daemon", "status"]).output().unwrap();
+        Run::of(output).expect(3);
+    } else {
+        eprintln!(
+            "SKIPPED: a_long_home_is_no_hindrance: /run/user of this uid exists and would be used"
+        );
+    }
+}
+
+/// Whether without XDG_RUNTIME_DIR the socket is below HOME.
+fn banger_runtime_is_home() -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let uid = std::fs::metadata("/proc/self").unwrap().uid();
+    !Path::new(&format!("/run/user/{uid}")).exists()
+}
+
+#[test]
+fn bad_values_are_refused_before_anything_is_sent() {
+    let env = TestEnv::new();
+    for (arguments, says) in [
+        (
+            vec!["vm", "create", "--name", "Bad_Name"],
+            "only a-z, 0-9 and hyphens are allowed",
+        ),
+        (
+            vec!["vm", "create", "--vcpu", "0"],
+            "0 vCPUs asked for; 1 to 16 are allowed",
+        ),
+        (
+            vec!["vm", "create", "--vcpu", "17"],
+            "17 vCPUs asked for; 1 to 16 are allowed",
+        ),
+        (
+            vec!["vm", "create", "--memory", "64"],
+            "64 MiB of memory asked for",
+        ),
+        (
+            vec!["vm", "create", "--memory", "40000"],
+            "40000 MiB of memory asked for",
+        ),
+        (
+            vec!["vm", "create", "--no-start", "--wait"],
+            "cannot be used with",
+        ),
+        (vec!["vm", "set", "otter"], "required"),
+        (
+            vec!["vm", "wait", "otter", "--timeout", "soon"],
+            "is not a duration",
+        ),
+        (
+            vec!["driver", "install", "--sha256", "abc"],
+            "64 hexadecimal digits",
+        ),
+        (vec!["explain", "no-such-code"], "no-such-code"),
+        (vec!["vm"], "Usage"),
+    ] {
+        let run = env.run(&arguments).expect(2);
+        assert!(run.stderr.contains(says), "{arguments:?}: {run:?}");
+        assert_eq!(run.stdout, "");
+    }
+    for arguments in [
+        vec!["kernel", "import", "/nowhere/vmlinux"],
+        vec!["image", "build", "--packages", "/nowhere/packages.apt"],
+        vec!["driver", "install", "--from", "/nowhere/firecracker"],
+    ] {
+        let run = env.run(&arguments).expect(9);
+        assert!(run.stderr.starts_with("error: cannot read"), "{run:?}");
+        assert!(run.stderr.contains("/nowhere/"), "{run:?}");
+    }
+    assert_eq!(env.starts(), 0);
+}
+
+#[test]
+fn a_refusal_of_the_daemon_is_rendered_with_its_exit_code() {
+    let env = TestEnv::new();
+    let run = env.run(&["vm", "show", "nobody"]).expect(4);
+    assert_eq!(
+        run.stderr,
+        "error: there is no vm `nobody`\nhint: did you mean `calm-otter`?\n"
+    );
+    assert_eq!(run.stdout, "");
+}
+
+#[test]
+fn a_verb_for_several_vms_does_all_it_can() {
+    let env = TestEnv::new();
+    let run = env.run(&["vm", "stop", "fox", "nobody", "owl"]).expect(4);
+    assert_eq!(
+        run.stdout,
+        "fox: stopped (never started)\nowl: stopped (never started)\n"
+    );
+    assert_eq!(
+        run.stderr,
+        "error: there is no vm `nobody`\nhint: did you mean `calm-otter`?\n"
+    );
+}
+
+#[test]
+fn json_is_the_apis_own_objects() {
+    let env = TestEnv::new();
+    let list: serde_json::Value =
+        serde_json::from_str(&env.run(&["vm", "list", "--json"]).expect(0).stdout).unwrap();
+    assert_eq!(list[0]["name"], "calm-otter");
+    assert_eq!(list[0]["phase"]["state"], "stopped");
+    assert_eq!(list[0]["address"], "172.16.0.2");
+    let one: serde_json::Value =
+        serde_json::from_str(&env.run(&["vm", "start", "fox", "--json"]).expect(0).stdout).unwrap();
+    assert_eq!(one["name"], "fox");
+    let several: serde_json::Value = serde_json::from_str(
+        &env.run(&["vm", "start", "fox", "owl", "--json"])
+            .expect(0)
+            .stdout,
+    )
+    .unwrap();
+    assert_eq!(several[1]["name"], "owl");
+}
+
+#[test]
+fn create_prints_name_address_and_the_next_step() {
+    let env = TestEnv::new();
+    let run = env
+        .run(&["vm", "create", "--no-start", "--memory", "2G"])
+        .expect(0);
+    assert_eq!(
+        run.stdout,
+        "name     calm-otter\naddress  172.16.0.2\nphase    stopped (never started)\n"
+    );
+    assert_eq!(run.stderr, "next: banger vm start calm-otter\n");
+    let sent = env.state("requests");
+    assert!(sent.contains("\"memory_mib\":2048"), "{sent}");
+    assert!(sent.contains("\"start\":false"), "{sent}");
+}
+
+#[test]
+fn ssh_to_a_stopped_vm_says_how_to_start_it() {
+    let env = TestEnv::new();
+    let run = env.run(&["vm", "ssh", "fox", "--", "true"]).expect(5);
+    assert_eq!(
+        run.stderr,
+        "error: vm `fox` is stopped (never started)\nhint: `banger vm start fox`\n"
+    );
+}
+
+#[test]
+fn the_daemons_log_is_read_without_the_daemon() {
+    let env = TestEnv::new();
+    let missing = env.run(&["daemon", "logs"]).expect(9);
+    assert!(
+        missing
+            .stderr
+            .contains("hint: the daemon makes it when it starts"),
+        "{missing:?}"
+    );
+    std::fs::create_dir_all(env.path("home/.local/state/banger")).unwrap();
+    std::fs::write(
+        env.path("home/.local/state/banger/bangerd.log"),
+        "one\ntwo\n",
+    )
+    .unwrap();
+    assert_eq!(env.run(&["daemon", "logs"]).expect(0).stdout, "one\ntwo\n");
+    assert_eq!(
+        env.run(&["daemon", "logs", "-n", "1"]).expect(0).stdout,
+        "two\n"
+    );
+    assert_eq!(env.starts(), 0);
+}
+
+#[test]
+fn completion_never_starts_the_daemon_and_never_complains() {
+    let env = TestEnv::new();
+    let complete = || {
+        let mut command = env.command(&["--", "banger", "vm", "show", ""]);
+        command
+            .env("COMPLETE", "bash")
+            .env("_CLAP_COMPLETE_INDEX", "3")
+            .env("_CLAP_IFS", "\n");
+        Run::of(command.output().unwrap()).expect(0)
+    };
+    let none = complete();
+    assert!(!none.stdout.contains("calm-otter"), "{none:?}");
+    assert_eq!(none.stderr, "");
+    assert_eq!(env.starts(), 0);
+    env.run(&["daemon", "start"]).expect(0);
+    let some = complete();
+    assert!(some.stdout.contains("calm-otter"), "{some:?}");
+    let script = env.run(&["completions", "bash"]).expect(0);
+    assert!(script.stdout.contains("COMPLETE=\"bash\""), "{script:?}");
+}
+
+#[test]
+fn explain_tells_of_every_code() {
+    let env = TestEnv::new();
+    let all = env.run(&["explain"]).expect(0);
+    for code in banger_api::error::ErrorCode::ALL {
+        assert!(all.stdout.contains(code.name()), "{code:?}");
+        let one = env.run(&["explain", code.name()]).expect(0);
+        assert!(
+            one.stdout
+                .contains(&format!("(exit code {})", code.exit_code())),
+            "{one:?}"
+        );
+    }
+    let help = env.run(&["--help"]).expect(0);
+    assert!(
+        help.stdout.contains("Exit codes:\n  0    done\n"),
+        "{help:?}"
+    );
+}
+
+fn set_mode(path: &Path, mode: u32) {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+}
