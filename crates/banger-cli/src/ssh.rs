@@ -45,7 +45,7 @@ pub(crate) fn arguments(
     let mut options = vec![
         format!(
             "IdentityFile={}",
-            config_word(&target.identity.to_string_lossy())
+            config_word(target.identity.to_string_lossy())
         ),
         "IdentitiesOnly=yes".to_owned(),
         "IdentityAgent=none".to_owned(),

@@ -1,5 +1,7 @@
 //! The `banger` program against a daemon that answers from fixed text, and against none.
 
+#![expect(clippy::unwrap_used, reason = "a test's failure is a panic")]
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
