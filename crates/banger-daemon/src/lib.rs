@@ -1,1 +1,28 @@
+//! The daemon: one per user, owner of the VMs' records, parent of nothing that must outlive it.
 //!
+//! A request goes `server` → `registry` → a VM's actor (`vm`) → `decide` → a plan of steps → `host`, `network`,
+//! `images` and the shim → `store`. Only a VM's actor changes its phase; only `store` speaks SQL.
+
+mod config;
+mod convert;
+mod crash;
+mod doctor;
+mod drivers;
+mod events;
+mod images;
+mod install;
+mod instance;
+mod keys;
+mod lifecycle;
+mod log;
+mod network;
+mod operations;
+mod record;
+mod registry;
+mod rescue;
+mod server;
+mod store;
+mod vm;
+mod world;
+
+pub use lifecycle::main;

@@ -1,2 +1,5 @@
-//! Skeleton.
-fn main() {}
+//! `bangerd`: see the library.
+
+fn main() -> std::process::ExitCode {
+    banger_daemon::main()
+}

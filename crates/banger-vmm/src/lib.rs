@@ -11,5 +11,5 @@ pub mod process;
 pub mod protocol;
 pub mod qemu;
 pub mod shim;
-pub(crate) mod socket;
+pub mod socket;
 pub mod version;

@@ -30,7 +30,7 @@ fn stream(flags: SocketFlags) -> io::Result<OwnedFd> {
 }
 
 /// Listens at `path` (mode 0600, not blocking), in place of a socket that was left there.
-pub(crate) fn listen(path: &Path) -> io::Result<OwnedFd> {
+pub fn listen(path: &Path) -> io::Result<OwnedFd> {
     remove(path)?;
     let (folder, short) = folder_of(path)?;
     let socket = stream(SocketFlags::NONBLOCK)?;
@@ -43,7 +43,7 @@ pub(crate) fn listen(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Connects to `path`; the connection does not block if `flags` say so.
-pub(crate) fn connect(path: &Path, flags: SocketFlags) -> io::Result<OwnedFd> {
+pub fn connect(path: &Path, flags: SocketFlags) -> io::Result<OwnedFd> {
     let (_folder, short) = folder_of(path)?;
     let socket = stream(flags)?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(&short)?)?;
@@ -51,7 +51,7 @@ pub(crate) fn connect(path: &Path, flags: SocketFlags) -> io::Result<OwnedFd> {
 }
 
 /// Removes the socket at `path`, if there is one.
-pub(crate) fn remove(path: &Path) -> io::Result<()> {
+pub fn remove(path: &Path) -> io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),

@@ -1,0 +1,222 @@
+//! `banger doctor`: what this host can do, and what to do about what it cannot.
+
+use crate::drivers::describe_kvm;
+use crate::server::App;
+use banger_api::daemon::{Check, Mode, Verdict};
+use banger_host::probe;
+use banger_image::image::ROOT_IMAGE;
+
+fn check(subject: &str, verdict: Verdict, message: impl Into<String>, hint: Option<&str>) -> Check {
+    Check {
+        subject: subject.to_owned(),
+        verdict,
+        message: message.into(),
+        hint: hint.map(str::to_owned),
+    }
+}
+
+/// Looks at everything.
+pub(crate) async fn run(app: &App) -> Vec<Check> {
+    let looked = app.clone();
+    let mut checks = tokio::task::spawn_blocking(move || look(&looked))
+        .await
+        .unwrap_or_default();
+    checks.push(network(app).await);
+    for notice in &app.world.notices {
+        checks.push(check("start-up", Verdict::Note, notice.clone(), None));
+    }
+    checks
+}
+
+fn look(app: &App) -> Vec<Check> {
+    let world = &app.world;
+    let mut checks = Vec::new();
+    checks.push(match world.mode {
+        Mode::Root => check(
+            "mode",
+            Verdict::Good,
+            "root: the host reaches guests by address",
+            None,
+        ),
+        Mode::Rootless => check(
+            "mode",
+            Verdict::Good,
+            "rootless: guests are reached through the daemon (`banger vm ssh`)",
+            None,
+        ),
+    });
+    let vmlinux = world.images.default_vmlinux();
+    let kvm = world.drivers.kvm(vmlinux.as_deref());
+    let text = describe_kvm(&kvm);
+    checks.push(match kvm {
+        probe::Verdict::Works => check("kvm", Verdict::Good, text, None),
+        probe::Verdict::NoPermission { .. } => check(
+            "kvm",
+            Verdict::Note,
+            text,
+            Some("add yourself to the group that may: `sudo usermod -aG kvm $USER`, then log in again"),
+        ),
+        probe::Verdict::NoDevice | probe::Verdict::CannotRunGuests { .. } => {
+            check("kvm", Verdict::Note, format!("{text}; guests run by software emulation"), None)
+        }
+    });
+    let drivers = world.drivers.list(vmlinux.as_deref());
+    let any = drivers.iter().any(|driver| driver.usable);
+    for driver in drivers {
+        let verdict = if driver.usable {
+            Verdict::Good
+        } else {
+            Verdict::Note
+        };
+        let version = driver
+            .version
+            .map(|version| format!("{version}: "))
+            .unwrap_or_default();
+        checks.push(check(
+            driver.driver.name(),
+            verdict,
+            format!("{version}{}", driver.reason),
+            None,
+        ));
+    }
+    if !any {
+        checks.push(check(
+            "drivers",
+            Verdict::Bad,
+            "no VMM can run guests here",
+            Some("install QEMU: `sudo apt-get install qemu-system-x86`"),
+        ));
+    }
+    checks.push(tun());
+    for (program, package) in [
+        ("ssh", "openssh-client"),
+        ("nft", "nftables"),
+        ("mmdebstrap", "mmdebstrap"),
+    ] {
+        checks.push(match find(program) {
+            Some(path) => check(program, Verdict::Good, path, None),
+            None => check(
+                program,
+                Verdict::Bad,
+                "not installed",
+                Some(&format!("`sudo apt-get install {package}`")),
+            ),
+        });
+    }
+    checks.push(match banger_host::storage::space(&world.paths.state) {
+        Ok(space) if space.available < 1 << 30 => check(
+            "disk",
+            Verdict::Bad,
+            format!(
+                "{} MiB free in `{}`",
+                space.available >> 20,
+                world.paths.state.display()
+            ),
+            Some("free some space: VMs write there"),
+        ),
+        Ok(space) => check(
+            "disk",
+            Verdict::Good,
+            format!("{} GiB free", space.available >> 30),
+            None,
+        ),
+        Err(error) => check("disk", Verdict::Bad, banger_host::error_chain(&error), None),
+    });
+    let (storage, why) = banger_core::spec::resolve_storage(world.config.storage.choice);
+    checks.push(check(
+        "storage",
+        Verdict::Good,
+        format!("{} ({why})", storage.name()),
+        None,
+    ));
+    checks.push(images(app));
+    checks
+}
+
+fn images(app: &App) -> Check {
+    let images = app.world.images.images();
+    let broken: Vec<String> = images
+        .iter()
+        .filter(|image| {
+            !app.world
+                .images
+                .image_folder(image.id)
+                .join(ROOT_IMAGE)
+                .is_file()
+        })
+        .map(|image| image.id.to_string())
+        .collect();
+    if !broken.is_empty() {
+        return check(
+            "images",
+            Verdict::Bad,
+            format!("the files of {} are missing", broken.join(", ")),
+            None,
+        );
+    }
+    match (images.len(), app.world.images.kernels().len()) {
+        (0, _) => check(
+            "images",
+            Verdict::Note,
+            "there is no image yet",
+            Some("`banger image build`"),
+        ),
+        (_, 0) => check(
+            "images",
+            Verdict::Note,
+            "there is no kernel yet",
+            Some("`banger kernel import`"),
+        ),
+        (images, kernels) => check(
+            "images",
+            Verdict::Good,
+            format!("{images} image(s), {kernels} kernel(s)"),
+            None,
+        ),
+    }
+}
+
+fn tun() -> Check {
+    match std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+    {
+        Ok(_) => check("/dev/net/tun", Verdict::Good, "can be opened", None),
+        Err(error) => check(
+            "/dev/net/tun",
+            Verdict::Bad,
+            error.to_string(),
+            Some("guests need it for their network: `sudo chmod 0666 /dev/net/tun`"),
+        ),
+    }
+}
+
+async fn network(app: &App) -> Check {
+    match app.world.network.list().await {
+        Ok(ports) => check(
+            "network",
+            Verdict::Good,
+            format!(
+                "{} port(s) of {}",
+                ports.len(),
+                app.world.instance.pool.network()
+            ),
+            None,
+        ),
+        Err(error) => check(
+            "network",
+            Verdict::Bad,
+            banger_host::error_chain(&error),
+            None,
+        ),
+    }
+}
+
+fn find(program: &str) -> Option<String> {
+    let path = std::env::var_os("PATH")?;
+    let found = std::env::split_paths(&path)
+        .map(|folder| folder.join(program))
+        .find(|path| path.is_file());
+    found.map(|path| path.display().to_string())
+}

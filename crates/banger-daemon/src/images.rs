@@ -1,0 +1,720 @@
+//! Images and kernels: the catalog, who pins what, builds and removals.
+//!
+//! An image or kernel is staged in a folder whose name starts with `.new-`, synced, renamed, and then gets its row.
+//! Ids never change; a name is a pointer that moves. What a VM pins is not removed.
+
+use crate::operations::{Made, Operations, Reporter};
+use crate::store::Store;
+use crate::world::World;
+use banger_api::error::{ErrorBody, ErrorCode};
+use banger_api::event::EventKind;
+use banger_api::image::{BuildImage, Image, ImageRecipe};
+use banger_api::kernel::{ImportKernel, Kernel};
+use banger_api::operation::{Operation, Progress};
+use banger_api::paths::Paths;
+use banger_core::id::{ImageId, KernelId, VmId};
+use banger_core::name::{ImageName, KernelName};
+use banger_core::spec::{Resolution, resolve};
+use banger_image::context::Context;
+use banger_image::error::BuildError;
+use banger_image::image::{ImageManifest, Recipe, RecipeKind, build_image, packages_sha256};
+use banger_image::kernel::{KernelManifest, KernelRequest, KernelSource, build_kernel};
+use banger_image::store::publish;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use uuid::Uuid;
+
+/// The start of a staging folder's name.
+pub(crate) const STAGING: &str = ".new-";
+/// The name of the image and of the kernel that are used when none is named.
+pub(crate) const DEFAULT_NAME: &str = "default";
+
+/// An image's row.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ImageRecord {
+    pub(crate) name: Option<ImageName>,
+    pub(crate) manifest: ImageManifest,
+}
+
+/// A kernel's row.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct KernelRecord {
+    pub(crate) name: Option<KernelName>,
+    pub(crate) manifest: KernelManifest,
+}
+
+#[derive(Debug, Default)]
+struct Catalog {
+    images: Vec<ImageRecord>,
+    kernels: Vec<KernelRecord>,
+    /// Which VMs use an image or kernel, by its id.
+    pins: HashMap<Uuid, HashSet<VmId>>,
+}
+
+/// The catalog of images and kernels.
+#[derive(Debug)]
+pub(crate) struct Images {
+    paths: Paths,
+    store: Store,
+    catalog: Mutex<Catalog>,
+}
+
+impl Images {
+    pub(crate) fn new(
+        paths: Paths,
+        store: Store,
+        images: Vec<ImageRecord>,
+        kernels: Vec<KernelRecord>,
+    ) -> Self {
+        Self {
+            paths,
+            store,
+            catalog: Mutex::new(Catalog {
+                images,
+                kernels,
+                pins: HashMap::new(),
+            }),
+        }
+    }
+
+    fn catalog(&self) -> MutexGuard<'_, Catalog> {
+        self.catalog.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Finds an image by name, id or prefix, and pins it for `vm`.
+    pub(crate) fn pin_image(&self, query: &str, vm: VmId) -> Result<ImageRecord, ErrorBody> {
+        let mut catalog = self.catalog();
+        let found = catalog.image(query)?.clone();
+        catalog
+            .pins
+            .entry(found.manifest.id.as_uuid())
+            .or_default()
+            .insert(vm);
+        Ok(found)
+    }
+
+    /// Finds a kernel by name, id or prefix, and pins it for `vm`.
+    pub(crate) fn pin_kernel(&self, query: &str, vm: VmId) -> Result<KernelRecord, ErrorBody> {
+        let mut catalog = self.catalog();
+        let found = catalog.kernel(query)?.clone();
+        catalog
+            .pins
+            .entry(found.manifest.id.as_uuid())
+            .or_default()
+            .insert(vm);
+        Ok(found)
+    }
+
+    /// Pins what a VM that is there already uses.
+    pub(crate) fn pin_known(&self, image: ImageId, kernel: KernelId, vm: VmId) {
+        let mut catalog = self.catalog();
+        catalog.pins.entry(image.as_uuid()).or_default().insert(vm);
+        catalog.pins.entry(kernel.as_uuid()).or_default().insert(vm);
+    }
+
+    /// Forgets all pins of `vm`.
+    pub(crate) fn unpin(&self, vm: VmId) {
+        for pins in self.catalog().pins.values_mut() {
+            pins.remove(&vm);
+        }
+    }
+
+    /// The image with this id.
+    pub(crate) fn image_by_id(&self, id: ImageId) -> Option<ImageRecord> {
+        self.catalog()
+            .images
+            .iter()
+            .find(|image| image.manifest.id == id)
+            .cloned()
+    }
+
+    /// The kernel with this id.
+    pub(crate) fn kernel_by_id(&self, id: KernelId) -> Option<KernelRecord> {
+        self.catalog()
+            .kernels
+            .iter()
+            .find(|kernel| kernel.manifest.id == id)
+            .cloned()
+    }
+
+    /// The `vmlinux` of the default kernel, if there is one.
+    pub(crate) fn default_vmlinux(&self) -> Option<PathBuf> {
+        let catalog = self.catalog();
+        let kernel = catalog
+            .kernel(DEFAULT_NAME)
+            .ok()
+            .or_else(|| catalog.kernels.first())?;
+        Some(
+            self.kernel_folder(kernel.manifest.id)
+                .join(banger_image::kernel::VMLINUX),
+        )
+    }
+
+    pub(crate) fn image_folder(&self, id: ImageId) -> PathBuf {
+        self.paths.images().join(id.to_string())
+    }
+
+    pub(crate) fn kernel_folder(&self, id: KernelId) -> PathBuf {
+        self.paths.kernels().join(id.to_string())
+    }
+
+    /// All images.
+    pub(crate) fn images(&self) -> Vec<Image> {
+        let records = self.catalog().images.clone();
+        records
+            .into_iter()
+            .map(|record| self.show_image(record))
+            .collect()
+    }
+
+    /// One image.
+    pub(crate) fn image(&self, query: &str) -> Result<Image, ErrorBody> {
+        let record = self.catalog().image(query)?.clone();
+        Ok(self.show_image(record))
+    }
+
+    /// All kernels.
+    pub(crate) fn kernels(&self) -> Vec<Kernel> {
+        let records = self.catalog().kernels.clone();
+        records
+            .into_iter()
+            .map(|KernelRecord { name, manifest }| Kernel {
+                id: manifest.id,
+                name,
+                directory: self.kernel_folder(manifest.id).display().to_string(),
+                release: manifest.release,
+                source: manifest.source,
+                digest: manifest.vmlinux_sha256,
+                bytes: manifest.bytes,
+                created_at: Timestamp::from_second(manifest.created).unwrap_or_default(),
+            })
+            .collect()
+    }
+
+    fn show_image(&self, ImageRecord { name, manifest }: ImageRecord) -> Image {
+        Image {
+            id: manifest.id,
+            name,
+            directory: self.image_folder(manifest.id).display().to_string(),
+            source: manifest.source,
+            digest: manifest.sha256,
+            bytes: manifest.bytes,
+            packages_digest: Some(manifest.packages_sha256),
+            packages: manifest
+                .packages
+                .into_iter()
+                .map(|p| format!("{} {}", p.name, p.version))
+                .collect(),
+            kernel: None,
+            init: manifest.init,
+            created_at: Timestamp::from_second(manifest.created).unwrap_or_default(),
+        }
+    }
+
+    /// Removes an image that no VM pins.
+    pub(crate) async fn delete_image(&self, query: &str) -> Result<(), ErrorBody> {
+        let id = {
+            let mut catalog = self.catalog();
+            let found = catalog.image(query)?.manifest.id;
+            catalog.check_unpinned("image", query, found.as_uuid())?;
+            catalog.images.retain(|image| image.manifest.id != found);
+            found
+        };
+        self.store
+            .delete_image(id)
+            .await
+            .map_err(|error| store_error(&error))?;
+        remove_folder(self.image_folder(id)).await
+    }
+
+    /// Removes a kernel that no VM pins.
+    pub(crate) async fn delete_kernel(&self, query: &str) -> Result<(), ErrorBody> {
+        let id = {
+            let mut catalog = self.catalog();
+            let found = catalog.kernel(query)?.manifest.id;
+            catalog.check_unpinned("kernel", query, found.as_uuid())?;
+            catalog.kernels.retain(|kernel| kernel.manifest.id != found);
+            found
+        };
+        self.store
+            .delete_kernel(id)
+            .await
+            .map_err(|error| store_error(&error))?;
+        remove_folder(self.kernel_folder(id)).await
+    }
+
+    async fn add_image(&self, record: ImageRecord) -> Result<(), ErrorBody> {
+        self.store
+            .put_image(record.clone())
+            .await
+            .map_err(|error| store_error(&error))?;
+        let mut catalog = self.catalog();
+        for other in &mut catalog.images {
+            if other.name == record.name {
+                other.name = None;
+            }
+        }
+        catalog.images.push(record);
+        Ok(())
+    }
+
+    async fn add_kernel(&self, record: KernelRecord) -> Result<(), ErrorBody> {
+        self.store
+            .put_kernel(record.clone())
+            .await
+            .map_err(|error| store_error(&error))?;
+        let mut catalog = self.catalog();
+        for other in &mut catalog.kernels {
+            if other.name == record.name {
+                other.name = None;
+            }
+        }
+        catalog.kernels.push(record);
+        Ok(())
+    }
+}
+
+impl Catalog {
+    fn image(&self, query: &str) -> Result<&ImageRecord, ErrorBody> {
+        let name = |image: &ImageRecord| image.name.as_ref().map(|name| name.as_str().to_owned());
+        find("image", query, &self.images, name, |image| {
+            image.manifest.id.to_string()
+        })
+    }
+
+    fn kernel(&self, query: &str) -> Result<&KernelRecord, ErrorBody> {
+        let name =
+            |kernel: &KernelRecord| kernel.name.as_ref().map(|name| name.as_str().to_owned());
+        find("kernel", query, &self.kernels, name, |kernel| {
+            kernel.manifest.id.to_string()
+        })
+    }
+
+    fn check_unpinned(&self, kind: &str, query: &str, id: Uuid) -> Result<(), ErrorBody> {
+        let pins: Vec<String> = self
+            .pins
+            .get(&id)
+            .into_iter()
+            .flatten()
+            .map(VmId::to_string)
+            .collect();
+        if pins.is_empty() {
+            return Ok(());
+        }
+        let message = format!(
+            "{kind} `{query}` is used by {} VM(s): {}",
+            pins.len(),
+            pins.join(", ")
+        );
+        Err(ErrorBody::new(ErrorCode::InUse, message)
+            .hint("`banger vm delete --purge VM` frees it, also for a VM in the trash (`banger vm list --trash`)"))
+    }
+}
+
+/// Finds what `query` means among `all` things of a `kind`, or says what comes close.
+pub(crate) fn find<'a, T>(
+    kind: &str,
+    query: &str,
+    all: &'a [T],
+    name: impl Fn(&T) -> Option<String>,
+    id: impl Fn(&T) -> String,
+) -> Result<&'a T, ErrorBody> {
+    let named: Vec<(Option<String>, &T)> = all.iter().map(|thing| (name(thing), thing)).collect();
+    let describe = |name: &Option<String>, thing: &T| match name {
+        Some(name) => format!("{name} ({})", id(thing)),
+        None => id(thing),
+    };
+    match resolve(
+        query,
+        &named,
+        |(name, _)| name.as_deref(),
+        |(_, thing)| id(thing),
+    ) {
+        Resolution::One((_, found)) => Ok(found),
+        Resolution::Many(candidates) => {
+            let list: Vec<String> = candidates
+                .iter()
+                .map(|(name, thing)| describe(name, thing))
+                .collect();
+            let message = format!(
+                "`{}` fits {} {kind}s: {}",
+                query.escape_debug(),
+                list.len(),
+                list.join(", ")
+            );
+            Err(ErrorBody::new(ErrorCode::Ambiguous, message)
+                .hint("type more of the one that is meant"))
+        }
+        Resolution::None => {
+            let error = ErrorBody::new(
+                ErrorCode::NotFound,
+                format!("there is no {kind} `{}`", query.escape_debug()),
+            );
+            let close = named
+                .iter()
+                .filter_map(|(name, _)| name.as_deref())
+                .min_by_key(|name| distance(name, query));
+            Err(match close.filter(|name| distance(name, query) <= 2.max(query.len() / 3)) {
+                Some(name) => error.hint(format!("did you mean `{name}`?")),
+                None => error.hint(match kind {
+                    "image" => "`banger image list` shows all; `banger image build` makes the default one".to_owned(),
+                    "kernel" => "`banger kernel list` shows all; `banger kernel import` makes the default one".to_owned(),
+                    _ => format!("`banger {} list` shows all", kind.to_ascii_lowercase()),
+                }),
+            })
+        }
+    }
+}
+
+/// The edit distance between two texts.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().take(128).collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().take(128).enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let replaced = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+async fn remove_folder(folder: PathBuf) -> Result<(), ErrorBody> {
+    let removed = tokio::task::spawn_blocking(move || banger_image::store::remove(&folder)).await;
+    match removed {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(build_error(&error)),
+        Err(error) => Err(ErrorBody::from_error(ErrorCode::Internal, &error)),
+    }
+}
+
+/// A store's error on the wire.
+pub(crate) fn store_error(error: &crate::store::StoreError) -> ErrorBody {
+    use crate::store::StoreError;
+    match error {
+        StoreError::NameTaken(_) => ErrorBody::from_error(ErrorCode::NameTaken, error),
+        StoreError::Newer { .. } => ErrorBody::from_error(ErrorCode::NewerSchema, error)
+            .hint("install that version of banger or a newer one; nothing was changed"),
+        _ if error.is_no_space() => ErrorBody::from_error(ErrorCode::NoSpace, error)
+            .hint("free some space and repeat the command"),
+        _ => ErrorBody::from_error(ErrorCode::Internal, error)
+            .hint("`banger daemon logs` tells more"),
+    }
+}
+
+/// A build's error on the wire.
+pub(crate) fn build_error(error: &BuildError) -> ErrorBody {
+    let code = match error {
+        BuildError::Cancelled => ErrorCode::Cancelled,
+        _ if error.is_disk_full() => ErrorCode::NoSpace,
+        BuildError::NotKernel { .. }
+        | BuildError::BadArchive { .. }
+        | BuildError::PackageList { .. } => ErrorCode::BadFile,
+        BuildError::ProgramMissing { .. }
+        | BuildError::NoSubordinateIds { .. }
+        | BuildError::NoAptLists => ErrorCode::HostUnfit,
+        _ => ErrorCode::Internal,
+    };
+    let body = ErrorBody::from_error(code, error);
+    match error.hint() {
+        Some(hint) => body.hint(hint),
+        None => body,
+    }
+}
+
+fn check_name<T>(name: Result<T, banger_core::name::NameError>) -> Result<T, ErrorBody> {
+    name.map_err(|error| ErrorBody::from_error(ErrorCode::InvalidRequest, &error))
+}
+
+/// Starts the build of an image.
+pub(crate) fn start_build(world: &Arc<World>, request: BuildImage) -> Result<Operation, ErrorBody> {
+    let default_name = match request.recipe {
+        ImageRecipe::Default => DEFAULT_NAME,
+        ImageRecipe::Tiny => "tiny",
+    };
+    let name = check_name(ImageName::new(
+        request
+            .name
+            .clone()
+            .unwrap_or_else(|| default_name.to_owned()),
+    ))?;
+    let world = Arc::clone(world);
+    let operations: Arc<Operations> = Arc::clone(&world.operations);
+    Ok(operations.start("image.build", |reporter| {
+        build(world, request, name, reporter)
+    }))
+}
+
+async fn build(
+    world: Arc<World>,
+    request: BuildImage,
+    name: ImageName,
+    reporter: Reporter,
+) -> Result<Made, ErrorBody> {
+    let images = Arc::clone(&world.images);
+    let current = images
+        .catalog()
+        .image(name.as_str())
+        .ok()
+        .filter(|image| image.name.as_ref() == Some(&name))
+        .cloned();
+    let cache = world.paths.cache.clone();
+    let parent = world.paths.images();
+    let built =
+        tokio::task::spawn_blocking(move || -> Result<Option<ImageManifest>, BuildError> {
+            let id = ImageId::from_uuid(Uuid::now_v7());
+            let staging = Staging::make(&parent, &id.to_string())?;
+            let packages = request
+                .packages
+                .map(|text| (staging.path.with_extension("packages"), text));
+            if let Some((path, text)) = &packages {
+                std::fs::write(path, text).map_err(|source| BuildError::Io {
+                    action: "write",
+                    path: path.clone(),
+                    source,
+                })?;
+            }
+            let kind = match request.recipe {
+                ImageRecipe::Default => RecipeKind::Default {
+                    packages: packages.as_ref().map(|(path, _)| path.clone()),
+                },
+                ImageRecipe::Tiny => RecipeKind::Tiny,
+            };
+            let wanted = packages_sha256(&kind)?;
+            let unchanged = current
+                .as_ref()
+                .is_some_and(|image| image.manifest.packages_sha256 == wanted);
+            let outcome = if unchanged && !request.rebuild {
+                Ok(None)
+            } else {
+                let recipe = Recipe {
+                    id,
+                    name: Some(name),
+                    kind,
+                };
+                build_image(&recipe, &staging.path, &context(cache, &reporter)).and_then(
+                    |manifest| {
+                        publish(&staging.path, &parent.join(id.to_string()))
+                            .map(|()| Some(manifest))
+                    },
+                )
+            };
+            if let Some((path, _)) = &packages {
+                // The list was copied for the build alone.
+                let _ = std::fs::remove_file(path);
+            }
+            outcome
+        });
+    match built.await {
+        Ok(Ok(Some(manifest))) => {
+            let subject = manifest.id.to_string();
+            images
+                .add_image(ImageRecord {
+                    name: manifest.name.clone(),
+                    manifest,
+                })
+                .await?;
+            world.hub.publish(EventKind::ImagesChanged);
+            Ok(Made {
+                subject,
+                unchanged: false,
+            })
+        }
+        Ok(Ok(None)) => Ok(Made {
+            subject: String::new(),
+            unchanged: true,
+        }),
+        Ok(Err(error)) => Err(build_error(&error)),
+        Err(error) => Err(ErrorBody::from_error(ErrorCode::Internal, &error)),
+    }
+}
+
+/// Starts the import of a kernel.
+pub(crate) fn start_import(
+    world: &Arc<World>,
+    request: ImportKernel,
+) -> Result<Operation, ErrorBody> {
+    let name = check_name(KernelName::new(
+        request
+            .name
+            .clone()
+            .unwrap_or_else(|| DEFAULT_NAME.to_owned()),
+    ))?;
+    let source = kernel_source(&request)?;
+    let world = Arc::clone(world);
+    let operations: Arc<Operations> = Arc::clone(&world.operations);
+    Ok(operations.start("kernel.import", |reporter| {
+        import(world, request.reimport, source, name, reporter)
+    }))
+}
+
+fn kernel_source(request: &ImportKernel) -> Result<KernelSource, ErrorBody> {
+    let Some(path) = request.path.as_ref().map(PathBuf::from) else {
+        return Ok(KernelSource::Distribution);
+    };
+    let bad = |message: String| ErrorBody::new(ErrorCode::BadFile, message);
+    if !path.is_absolute() {
+        return Err(ErrorBody::new(
+            ErrorCode::InvalidRequest,
+            format!("the path `{}` is not absolute", path.display()),
+        ));
+    }
+    if let Err(error) = std::fs::File::open(&path) {
+        return Err(bad(format!("cannot read the kernel `{}`", path.display()))
+            .caused_by(&error)
+            .hint(
+                "give the path of a vmlinux, a bzImage or a linux-image package that you may read",
+            ));
+    }
+    if path.extension().is_some_and(|extension| extension == "deb") {
+        return Ok(KernelSource::PackageFile(path));
+    }
+    Ok(KernelSource::Files {
+        kernel: path,
+        modules: request.modules.as_ref().map(PathBuf::from),
+    })
+}
+
+async fn import(
+    world: Arc<World>,
+    reimport: bool,
+    source: KernelSource,
+    name: KernelName,
+    reporter: Reporter,
+) -> Result<Made, ErrorBody> {
+    let images = Arc::clone(&world.images);
+    let current = images
+        .catalog()
+        .kernel(name.as_str())
+        .ok()
+        .filter(|kernel| kernel.name.as_ref() == Some(&name))
+        .cloned();
+    if let Some(current) = &current
+        && !reimport
+        && source == KernelSource::Distribution
+    {
+        return Ok(Made {
+            subject: current.manifest.id.to_string(),
+            unchanged: true,
+        });
+    }
+    let cache = world.paths.cache.clone();
+    let parent = world.paths.kernels();
+    let init = world.programs.init.clone();
+    let built = tokio::task::spawn_blocking(move || -> Result<KernelManifest, BuildError> {
+        let id = KernelId::from_uuid(Uuid::now_v7());
+        let staging = Staging::make(&parent, &id.to_string())?;
+        let request = KernelRequest {
+            id,
+            name: Some(name),
+            source,
+        };
+        let manifest = build_kernel(&request, &init, &staging.path, &context(cache, &reporter))?;
+        publish(&staging.path, &parent.join(id.to_string()))?;
+        Ok(manifest)
+    });
+    match built.await {
+        Ok(Ok(manifest)) => {
+            let subject = manifest.id.to_string();
+            images
+                .add_kernel(KernelRecord {
+                    name: manifest.name.clone(),
+                    manifest,
+                })
+                .await?;
+            world.hub.publish(EventKind::ImagesChanged);
+            Ok(Made {
+                subject,
+                unchanged: false,
+            })
+        }
+        Ok(Err(error)) => Err(build_error(&error)),
+        Err(error) => Err(ErrorBody::from_error(ErrorCode::Internal, &error)),
+    }
+}
+
+fn context(cache_dir: PathBuf, reporter: &Reporter) -> Context {
+    let told = reporter.clone();
+    Context {
+        cache_dir,
+        cancel: Arc::clone(&reporter.cancel),
+        progress: Box::new(move |step| {
+            told.progress(Progress {
+                stage: step.stage.to_owned(),
+                message: step.message,
+                done: step.done,
+                total: step.total,
+            });
+        }),
+        apt_options: Vec::new(),
+    }
+}
+
+/// A folder that is removed again unless it was published.
+struct Staging {
+    path: PathBuf,
+}
+
+impl Staging {
+    fn make(parent: &Path, id: &str) -> Result<Self, BuildError> {
+        let path = parent.join(format!("{STAGING}{id}"));
+        std::fs::create_dir_all(&path).map_err(|source| BuildError::Io {
+            action: "make",
+            path: path.clone(),
+            source,
+        })?;
+        Ok(Self { path })
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        if let Err(error) = banger_image::store::remove(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "a staging folder is left behind");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn look(query: &str) -> Result<String, ErrorBody> {
+        let all = [
+            ("calm-otter", "0198aa"),
+            ("calm-fox", "0198ab"),
+            ("default", "0299cc"),
+        ];
+        find(
+            "image",
+            query,
+            &all,
+            |c| Some(c.0.to_owned()),
+            |c| c.1.to_owned(),
+        )
+        .map(|c| c.0.to_owned())
+    }
+
+    #[test]
+    fn a_misspelt_name_gets_a_suggestion() {
+        let error = look("defualt").unwrap_err();
+        assert_eq!(error.code, ErrorCode::NotFound);
+        assert_eq!(error.hints, ["did you mean `default`?"]);
+        assert!(look("zzzzzzzz").unwrap_err().hints[0].contains("banger image list"));
+    }
+
+    #[test]
+    fn an_ambiguous_prefix_lists_its_candidates() {
+        let error = look("calm").unwrap_err();
+        assert_eq!(error.code, ErrorCode::Ambiguous);
+        assert!(
+            error.message.contains("calm-otter (0198aa)") && error.message.contains("calm-fox")
+        );
+    }
+}

@@ -1,0 +1,399 @@
+//! How the daemon comes up and goes down.
+//!
+//! Up: folders, lock, log, settings, database, folders against rows, instance, keys, actors, socket, readiness.
+//! Down (SIGTERM, SIGINT, or asked): no new work, operations cancelled, socket gone. VMs run on.
+
+use crate::config::Config;
+use crate::drivers::Drivers;
+use crate::events::Hub;
+use crate::images::{Images, store_error};
+use crate::instance::{self, Origin};
+use crate::log::{self, BoundedLog};
+use crate::network::{Network, NetworkSetup};
+use crate::operations::Operations;
+use crate::record::VmRecord;
+use crate::registry::Registry;
+use crate::server::{self, App};
+use crate::store::{Opened, Store};
+use crate::vm::actor::{self, Found};
+use crate::vm::files::make_folder;
+use crate::world::{Programs, World};
+use crate::{keys, rescue};
+use banger_api::daemon::Mode;
+use banger_api::error::{ErrorBody, ErrorCode};
+use banger_api::paths::{Env, Paths, ProcessEnv, find_program};
+use banger_api::version::build_id;
+use jiff::Timestamp;
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+/// Runs the daemon until it is told to go down.
+pub fn main() -> ExitCode {
+    // The daemon outlives the terminal that started it. It fails only for the leader of a group, which is fine.
+    let _ = rustix::process::setsid();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build();
+    let outcome = match runtime {
+        Ok(runtime) => {
+            let outcome = runtime.block_on(run());
+            runtime.shutdown_timeout(std::time::Duration::from_secs(2));
+            outcome
+        }
+        Err(error) => Err(ErrorBody::from_error(ErrorCode::Internal, &error)),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(code = error.code.name(), error = error.message, causes = ?error.causes, "the daemon did not start");
+            announce(&serde_json::json!({ "error": error }));
+            ExitCode::from(error.code.exit_code())
+        }
+    }
+}
+
+/// One line on standard output, which is then closed: whoever started the daemon waits for it.
+fn announce(line: &serde_json::Value) {
+    // Nobody may be listening.
+    let _ = writeln!(std::io::stdout(), "{line}");
+    let _ = std::io::stdout().flush();
+    if let Ok(null) = File::options().read(true).write(true).open("/dev/null") {
+        let _ = rustix::stdio::dup2_stdout(&null);
+        let _ = rustix::stdio::dup2_stdin(&null);
+        let _ = rustix::stdio::dup2_stderr(&null);
+    }
+}
+
+fn unfit(action: &str, path: &Path, error: &std::io::Error) -> ErrorBody {
+    ErrorBody::new(
+        ErrorCode::HostUnfit,
+        format!("cannot {action} `{}`", path.display()),
+    )
+    .caused_by(error)
+    .hint(
+        "the folder must belong to you and be writable; XDG_STATE_HOME and its like choose another",
+    )
+}
+
+async fn run() -> Result<(), ErrorBody> {
+    let paths = Paths::from_env(&ProcessEnv).map_err(|error| {
+        ErrorBody::from_error(ErrorCode::HostUnfit, &error)
+            .hint("set HOME to the absolute path of your home folder")
+    })?;
+    for folder in [
+        &paths.state,
+        &paths.data,
+        &paths.cache,
+        &paths.runtime,
+        &paths.vms(),
+        &paths.images(),
+        &paths.kernels(),
+    ] {
+        make_folder(folder).map_err(|error| unfit("make", folder, &error))?;
+    }
+    let _lock = take_lock(&paths)?;
+    let log = BoundedLog::open(&paths.daemon_log())
+        .map_err(|error| unfit("open", &paths.daemon_log(), &error))?;
+    log::init(log);
+    let app = build(&paths).await?;
+    let listener = listen(&paths.socket())?;
+    let mut down = app.world.shutdown.subscribe();
+    let world = Arc::clone(&app.world);
+    tracing::info!(
+        version = banger_api::version::VERSION,
+        pid = std::process::id(),
+        "serving"
+    );
+    let mut terminate = signal(SignalKind::terminate())
+        .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
+    let mut interrupt = signal(SignalKind::interrupt())
+        .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
+    tokio::spawn({
+        let world = Arc::clone(&world);
+        async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            world.shutdown.send_replace(true);
+        }
+    });
+    let watcher = tokio::spawn(keep_socket(paths.socket(), app.clone()));
+    announce(&serde_json::json!({ "ready": true }));
+    let server = tokio::spawn(server::serve(listener, app.clone(), async move {
+        // The sender lives as long as the world.
+        let _ = down.wait_for(|down| *down).await;
+    }));
+    let mut down = world.shutdown.subscribe();
+    let _ = down.wait_for(|down| *down).await;
+    tracing::info!("going down");
+    watcher.abort();
+    world.operations.cancel_all().await;
+    // Requests under way get a moment to be answered; a stream that nobody reads must not keep the daemon alive.
+    let _ = tokio::time::timeout(std::time::Duration::from_secs(2), server).await;
+    if let Err(error) = std::fs::remove_file(paths.socket()) {
+        tracing::debug!(%error, "the socket was gone already");
+    }
+    if let Err(error) = world.network.close().await {
+        tracing::warn!(
+            error = banger_host::error_chain(&error),
+            "the network was not let go cleanly"
+        );
+    }
+    world.store.settle().await;
+    tracing::info!("gone");
+    Ok(())
+}
+
+fn take_lock(paths: &Paths) -> Result<File, ErrorBody> {
+    let path = paths.daemon_lock();
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path);
+    let file = file.map_err(|error| unfit("open", &path, &error))?;
+    file.try_lock().map_err(|_| {
+        ErrorBody::new(
+            ErrorCode::DaemonUnreachable,
+            "another daemon of this state folder is running",
+        )
+        .hint("`banger daemon status` shows it; `banger daemon restart` replaces it")
+    })?;
+    Ok(file)
+}
+
+/// Binds the socket; one that nobody serves is replaced, since the lock is ours.
+fn listen(socket: &Path) -> Result<UnixListener, ErrorBody> {
+    let failed = |error: &std::io::Error| unfit("listen on", socket, error);
+    match std::fs::symlink_metadata(socket) {
+        Ok(metadata) if metadata.file_type().is_socket() => {
+            std::fs::remove_file(socket).map_err(|error| failed(&error))?;
+        }
+        Ok(_) => {
+            let message = format!(
+                "cannot listen on `{}`: something that is no socket is there",
+                socket.display()
+            );
+            return Err(ErrorBody::new(ErrorCode::HostUnfit, message).hint("move it away"));
+        }
+        Err(_) => {}
+    }
+    let bound =
+        banger_vmm::socket::listen(socket).and_then(|socket| UnixListener::from_std(socket.into()));
+    bound.map_err(|error| failed(&error))
+}
+
+/// Makes the socket again when somebody removed it.
+async fn keep_socket(socket: std::path::PathBuf, app: App) {
+    let mut timer = tokio::time::interval(std::time::Duration::from_secs(5));
+    loop {
+        timer.tick().await;
+        if socket.exists() {
+            continue;
+        }
+        tracing::warn!(socket = %socket.display(), "the socket was removed: making it again");
+        if let Some(folder) = socket.parent() {
+            // If it cannot be made, listening says why.
+            let _ = make_folder(folder);
+        }
+        match listen(&socket) {
+            Ok(listener) => {
+                let mut down = app.world.shutdown.subscribe();
+                tokio::spawn(server::serve(listener, app.clone(), async move {
+                    let _ = down.wait_for(|down| *down).await;
+                }));
+            }
+            Err(error) => {
+                tracing::warn!(error = error.message, "the socket could not be made again")
+            }
+        }
+    }
+}
+
+fn programs() -> Result<Programs, ErrorBody> {
+    let exe = std::env::current_exe()
+        .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
+    let find = |name: &str| {
+        find_program(&ProcessEnv, &exe, name).ok_or_else(|| {
+            ErrorBody::new(
+                ErrorCode::HostUnfit,
+                format!("the program `{name}` is missing"),
+            )
+            .hint("install banger again: it belongs beside `bangerd` or into ../libexec/banger")
+        })
+    };
+    Ok(Programs {
+        shim: find("banger-shim")?,
+        keeper: find("banger-netns")?,
+        init: find("banger-init")?,
+    })
+}
+
+/// Everything that serves requests.
+async fn build(paths: &Paths) -> Result<App, ErrorBody> {
+    let config = Config::load(&paths.config_file()).map_err(|error| {
+        ErrorBody::from_error(ErrorCode::InvalidRequest, &error)
+            .hint("mend the file, or remove it for the defaults")
+    })?;
+    let programs = programs()?;
+    let internal = |error: &(dyn std::error::Error + 'static)| {
+        ErrorBody::from_error(ErrorCode::Internal, error)
+    };
+    let boot_id = banger_host::storage::boot_id().map_err(|error| internal(&error))?;
+    let machine = banger_host::storage::machine_id().map_err(|error| internal(&error))?;
+    let Opened {
+        store,
+        rows,
+        damaged,
+    } = Store::open(&paths.database()).map_err(|error| store_error(&error))?;
+    let mut notices = Vec::new();
+    if let Some(aside) = damaged {
+        notices.push(format!(
+            "the database was damaged; it was moved to `{}` and made again",
+            aside.display()
+        ));
+    }
+    let rows = rescue::reconcile(paths, &store, rows, &mut notices)
+        .await
+        .map_err(|error| store_error(&error))?;
+    let routes = || banger_host::net::host::host_routes().unwrap_or_default();
+    let loaded = instance::load(
+        &paths.instance_file(),
+        &paths.state,
+        machine,
+        config.pool(),
+        routes,
+    );
+    let (instance, origin) = loaded.map_err(|error| {
+        ErrorBody::from_error(ErrorCode::HostUnfit, &error)
+            .hint("set `pool` under `[network]` in config.toml")
+    })?;
+    if origin == Origin::Copied {
+        notices.push(
+            "the state folder was copied or moved: this is a new instance with new addresses"
+                .to_owned(),
+        );
+    }
+    for notice in &notices {
+        tracing::warn!(notice, "found at start-up");
+    }
+    let authorized_key = keys::ensure_own(&paths.ssh()).map_err(|error| internal(&error))?;
+    let mode = if ProcessEnv.uid() == 0 {
+        Mode::Root
+    } else {
+        Mode::Rootless
+    };
+    let network = Network::start(NetworkSetup {
+        instance: instance.id,
+        pool: instance.pool,
+        mode,
+        keeper_program: programs.keeper.clone(),
+        keeper_socket: paths.keeper_socket(),
+    });
+    let exe = std::env::current_exe().map_err(|error| internal(&error))?;
+    let images = Arc::new(Images::new(
+        paths.clone(),
+        store.clone(),
+        rows.images,
+        rows.kernels,
+    ));
+    let world = Arc::new(World {
+        drivers: Drivers::new(
+            config.driver.clone(),
+            paths.drivers(),
+            programs.keeper.clone(),
+            paths.state.join("kvm.json"),
+            boot_id.clone(),
+        ),
+        paths: paths.clone(),
+        config,
+        instance,
+        mode,
+        programs,
+        store,
+        hub: Hub::new(u64::try_from(Timestamp::now().as_microsecond()).unwrap_or_default()),
+        network,
+        images,
+        operations: Arc::new(Operations::default()),
+        authorized_key,
+        boot_id,
+        build: build_id(&exe).map_err(|error| internal(&error))?,
+        started_at: Timestamp::now(),
+        notices,
+        shutdown: watch::Sender::new(false),
+    });
+    let registry = Arc::new(Registry::default());
+    for record in readdress(&world, rows.vms).await? {
+        world
+            .images
+            .pin_known(record.spec.image, record.spec.kernel, record.id);
+        registry.add(actor::spawn(Arc::clone(&world), record, Found::Unknown));
+    }
+    remove_foreign_ports(&world, &registry).await;
+    Ok(App { world, registry })
+}
+
+/// Gives VMs whose address is not of this instance's pool another one: the state folder was copied, or the pool
+/// changed.
+async fn readdress(world: &World, mut records: Vec<VmRecord>) -> Result<Vec<VmRecord>, ErrorBody> {
+    let pool = world.instance.pool;
+    let mut taken: std::collections::HashSet<_> = records
+        .iter()
+        .map(|record| record.address)
+        .filter(|address| pool.guests().contains(*address))
+        .collect();
+    for record in &mut records {
+        if pool.guests().contains(record.address) {
+            continue;
+        }
+        let Some(address) = pool.next_address(None, |address| taken.contains(&address)) else {
+            continue;
+        };
+        taken.insert(address);
+        record.address = address;
+        record.record_version += 1;
+        world
+            .store
+            .update_vm(record.clone())
+            .await
+            .map_err(|error| store_error(&error))?;
+    }
+    Ok(records)
+}
+
+/// Ports of our namespace that belong to no VM are left from a VM whose record is gone: they go.
+async fn remove_foreign_ports(world: &World, registry: &Registry) {
+    let ports = match world.network.list().await {
+        Ok(ports) => ports,
+        Err(error) => {
+            tracing::warn!(
+                error = banger_host::error_chain(&error),
+                "the ports cannot be listed"
+            );
+            return;
+        }
+    };
+    let known: std::collections::HashSet<String> = [false, true]
+        .into_iter()
+        .flat_map(|trash| registry.list(trash))
+        .map(|handle| handle.id.tap_name())
+        .collect();
+    for port in ports.into_iter().filter(|port| !known.contains(&port.tap)) {
+        tracing::warn!(tap = port.tap, "a port without a VM is removed");
+        if let Err(error) = world.network.release(port.tap).await {
+            tracing::warn!(
+                error = banger_host::error_chain(&error),
+                "a port could not be removed"
+            );
+        }
+    }
+}

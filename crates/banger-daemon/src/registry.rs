@@ -1,0 +1,410 @@
+//! All VMs: their names and addresses, and how one is created.
+
+use crate::convert;
+use crate::crash::{Side, point};
+use crate::images::{DEFAULT_NAME, find, store_error};
+use crate::keys;
+use crate::record::VmRecord;
+use crate::vm::actor::{self, Found};
+use crate::vm::files::{self, VmFiles, io_error};
+use crate::vm::{Ask, Handle};
+use crate::world::World;
+use banger_api::error::{ErrorBody, ErrorCode};
+use banger_api::event::EventKind;
+use banger_api::vm::CreateVm;
+use banger_core::decide::Request;
+use banger_core::id::VmId;
+use banger_core::name::VmName;
+use banger_core::phase::{Desired, StopReason};
+use banger_core::size::DiskBytes;
+use banger_core::spec::{
+    DEFAULT_MEMORY_MIB, DEFAULT_OVERLAY_BYTES, DEFAULT_VCPUS, DriverChoice, StorageChoice, VmSpec,
+    resolve_storage,
+};
+use banger_core::words::free_name;
+use jiff::Timestamp;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use uuid::Uuid;
+
+/// All VMs.
+#[derive(Debug, Default)]
+pub(crate) struct Registry {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    handles: BTreeMap<VmId, Handle>,
+    /// Names and addresses of VMs that are being created.
+    reserved_names: HashSet<VmName>,
+    reserved_addresses: HashSet<Ipv4Addr>,
+    last_address: Option<Ipv4Addr>,
+    /// Creations by idempotency key.
+    created: HashMap<String, VmId>,
+}
+
+/// A name and an address, given back unless a VM took them.
+struct Reservation {
+    registry: Arc<Registry>,
+    name: VmName,
+    address: Ipv4Addr,
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        let mut state = self.registry.state();
+        state.reserved_names.remove(&self.name);
+        state.reserved_addresses.remove(&self.address);
+    }
+}
+
+impl Registry {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a VM that is there already.
+    pub(crate) fn add(&self, handle: Handle) {
+        let mut state = self.state();
+        let record = Arc::clone(&handle.latest().record);
+        if let Some(key) = &record.idempotency_key {
+            state.created.insert(key.clone(), handle.id);
+        }
+        state.last_address = state.last_address.max(Some(record.address));
+        state.handles.insert(handle.id, handle);
+    }
+
+    /// Forgets a VM that was purged.
+    pub(crate) fn forget(&self, id: VmId) {
+        let mut state = self.state();
+        state.handles.remove(&id);
+        state.created.retain(|_, created| *created != id);
+    }
+
+    /// All VMs that are there; those in the trash or those outside it.
+    pub(crate) fn list(&self, trash: bool) -> Vec<Handle> {
+        let mut handles: Vec<Handle> = self.state().handles.values().cloned().collect();
+        handles.retain(|handle| {
+            let view = handle.view.borrow();
+            !view.purged && view.record.trashed_at.is_some() == trash
+        });
+        handles
+    }
+
+    /// Finds a VM by name, id or prefix of either. Those in the trash are found only if no other fits.
+    pub(crate) fn find(&self, query: &str) -> Result<Handle, ErrorBody> {
+        let look = |trash| {
+            let handles = self.list(trash);
+            let named: Vec<(String, Handle)> = handles
+                .into_iter()
+                .map(|handle| (handle.latest().record.name.to_string(), handle))
+                .collect();
+            find(
+                "VM",
+                query,
+                &named,
+                |(name, _)| Some(name.clone()),
+                |(_, handle)| handle.id.to_string(),
+            )
+            .map(|(_, handle)| handle.clone())
+        };
+        match look(false) {
+            Err(error) if error.code == ErrorCode::NotFound => look(true).map_err(|_| error),
+            found => found,
+        }
+    }
+
+    fn reserve(
+        self: &Arc<Self>,
+        world: &World,
+        name: Option<VmName>,
+    ) -> Result<Reservation, ErrorBody> {
+        let seed = keys::random::<8>().map(u64::from_le_bytes);
+        let seed = seed.map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
+        let mut state = self.state();
+        let mut names = HashSet::new();
+        let mut addresses = HashSet::new();
+        for handle in state.handles.values() {
+            let view = handle.view.borrow();
+            if view.purged {
+                continue;
+            }
+            addresses.insert(view.record.address);
+            if view.record.trashed_at.is_none() {
+                names.insert(view.record.name.clone());
+            }
+        }
+        let taken = |name: &VmName| names.contains(name) || state.reserved_names.contains(name);
+        let name = match name {
+            Some(name) if taken(&name) => {
+                return Err(ErrorBody::new(
+                    ErrorCode::NameTaken,
+                    format!("there is already a VM `{name}`"),
+                )
+                .hint(format!("choose another name, or `banger vm delete {name}`")));
+            }
+            Some(name) => name,
+            None => free_name(seed, taken),
+        };
+        let address = world
+            .instance
+            .pool
+            .next_address(state.last_address, |a| addresses.contains(&a) || state.reserved_addresses.contains(&a))
+            .ok_or_else(|| {
+                ErrorBody::new(ErrorCode::HostUnfit, "all addresses of the instance's pool are taken")
+                    .hint("`banger vm delete --purge` frees the address of a VM, also of one in the trash")
+            })?;
+        state.last_address = Some(address);
+        state.reserved_names.insert(name.clone());
+        state.reserved_addresses.insert(address);
+        Ok(Reservation {
+            registry: Arc::clone(self),
+            name,
+            address,
+        })
+    }
+
+    /// Creates a VM, and starts it if asked. A repeated key answers the VM that was made the first time.
+    pub(crate) async fn create(
+        self: &Arc<Self>,
+        world: &Arc<World>,
+        request: CreateVm,
+        key: Option<String>,
+    ) -> Result<Handle, ErrorBody> {
+        let repeated = key.as_ref().and_then(|key| {
+            let state = self.state();
+            state
+                .created
+                .get(key)
+                .and_then(|id| state.handles.get(id))
+                .cloned()
+        });
+        let handle = match repeated {
+            Some(handle) => handle,
+            None => self.create_new(world, &request, key).await?,
+        };
+        if request.start {
+            handle.ask(Ask::new(Request::Start)).await?;
+        }
+        Ok(handle)
+    }
+
+    async fn create_new(
+        self: &Arc<Self>,
+        world: &Arc<World>,
+        request: &CreateVm,
+        key: Option<String>,
+    ) -> Result<Handle, ErrorBody> {
+        let name = request
+            .name
+            .as_ref()
+            .map(|name| VmName::new(name.as_str()))
+            .transpose();
+        let name = name.map_err(|error| {
+            convert::invalid(&error)
+                .hint("a name is a DNS label: up to 63 of a-z, 0-9 and inner hyphens")
+        })?;
+        let id = VmId::from_uuid(Uuid::now_v7());
+        let record = self.draft(world, request, id, key.clone());
+        let (record, reservation) = match record.and_then(|draft| {
+            let reservation = self.reserve(world, name)?;
+            Ok((draft.complete(&reservation), reservation))
+        }) {
+            Ok(made) => made,
+            Err(error) => {
+                world.images.unpin(id);
+                return Err(error);
+            }
+        };
+        if let Err(error) = make(world, &record).await {
+            world.images.unpin(id);
+            return Err(error);
+        }
+        actor::note(
+            world,
+            id,
+            "create",
+            format!("created as `{}`", record.name),
+            None,
+        );
+        let handle = actor::spawn(Arc::clone(world), record, Found::Stopped);
+        self.add(handle.clone());
+        drop(reservation);
+        world.hub.publish(EventKind::VmChanged {
+            vm: Box::new(convert::vm(world, &handle.latest())),
+        });
+        Ok(handle)
+    }
+
+    /// Checks the request and everything it names.
+    fn draft(
+        &self,
+        world: &World,
+        request: &CreateVm,
+        id: VmId,
+        idempotency_key: Option<String>,
+    ) -> Result<Draft, ErrorBody> {
+        let defaults = &world.config.defaults;
+        let choose = |asked: Option<u64>, configured: Option<u64>, fallback| {
+            asked.or(configured).unwrap_or(fallback)
+        };
+        let vcpus = convert::vcpus(choose(request.vcpus, defaults.vcpus, DEFAULT_VCPUS))?;
+        let memory_mib = convert::memory(choose(
+            request.memory_mib,
+            defaults.memory_mib,
+            DEFAULT_MEMORY_MIB,
+        ))?;
+        let overlay_bytes = convert::disk(choose(
+            request.overlay_bytes,
+            defaults.overlay_bytes,
+            DEFAULT_OVERLAY_BYTES,
+        ))?;
+        let disk_bytes: Option<DiskBytes> = request.disk_bytes.map(convert::disk).transpose()?;
+        let image_query = request
+            .image
+            .as_deref()
+            .or(defaults.image.as_deref())
+            .unwrap_or(DEFAULT_NAME);
+        let kernel_query = request
+            .kernel
+            .as_deref()
+            .or(defaults.kernel.as_deref())
+            .unwrap_or(DEFAULT_NAME);
+        let image = world.images.pin_image(image_query, id)?;
+        let kernel = world.images.pin_kernel(kernel_query, id)?;
+        let driver = match request.driver {
+            DriverChoice::Auto => world.config.driver.choice,
+            asked => asked,
+        };
+        let storage = match request.storage {
+            StorageChoice::Auto => world.config.storage.choice,
+            asked => asked,
+        };
+        let (storage, storage_reason) = resolve_storage(storage);
+        if request.start {
+            // What cannot run is not created.
+            let vmlinux = world
+                .images
+                .kernel_folder(kernel.manifest.id)
+                .join(banger_image::kernel::VMLINUX);
+            world.drivers.choose(driver, Some(&vmlinux))?;
+        }
+        let keys = keys::generate("banger")
+            .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
+        let spec = VmSpec {
+            image: image.manifest.id,
+            kernel: kernel.manifest.id,
+            vcpus,
+            memory_mib,
+            overlay_bytes,
+            disk_bytes,
+            driver,
+            storage,
+        };
+        Ok(Draft {
+            id,
+            spec,
+            keys,
+            image_digest: image.manifest.sha256,
+            storage_reason: storage_reason.to_owned(),
+            idempotency_key,
+        })
+    }
+}
+
+/// A VM that lacks only its name and address.
+struct Draft {
+    id: VmId,
+    spec: VmSpec,
+    keys: keys::KeyPair,
+    image_digest: String,
+    storage_reason: String,
+    idempotency_key: Option<String>,
+}
+
+impl Draft {
+    fn complete(self, reservation: &Reservation) -> VmRecord {
+        VmRecord {
+            id: self.id,
+            name: reservation.name.clone(),
+            disk_uuid: self.spec.disk_bytes.map(|_| Uuid::now_v7()),
+            spec: self.spec,
+            generation: 1,
+            desired: Desired::Off,
+            record_version: 1,
+            address: reservation.address,
+            host_key: self.keys.private,
+            host_key_public: self.keys.public,
+            overlay_uuid: Uuid::now_v7(),
+            image_digest: self.image_digest,
+            storage_reason: self.storage_reason,
+            last_stop: StopReason::NeverStarted,
+            started_once: false,
+            boot: None,
+            created_at: Timestamp::now(),
+            trashed_at: None,
+            purging: false,
+            idempotency_key: self.idempotency_key,
+        }
+    }
+}
+
+/// Stages the VM's folder, commits its row, and gives the folder its name. After an error nothing is left.
+async fn make(world: &Arc<World>, record: &VmRecord) -> Result<(), ErrorBody> {
+    let staging = VmFiles::staging(&world.paths, record.id);
+    let staged = {
+        let (world, record, staging) = (Arc::clone(world), record.clone(), staging.clone());
+        tokio::task::spawn_blocking(move || stage(&world, &record, &staging)).await
+    };
+    let staged =
+        staged.unwrap_or_else(|error| Err(ErrorBody::from_error(ErrorCode::Internal, &error)));
+    let committed = match staged {
+        Ok(()) => {
+            point("create", "row", Side::Before);
+            let stored = world
+                .store
+                .insert_vm(record.clone())
+                .await
+                .map_err(|error| store_error(&error));
+            point("create", "row", Side::After);
+            stored
+        }
+        Err(error) => Err(error),
+    };
+    let folder = VmFiles::of(&world.paths, record.id).folder;
+    let published = committed.and_then(|()| {
+        point("create", "publish", Side::Before);
+        let renamed = std::fs::rename(&staging.folder, &folder);
+        point("create", "publish", Side::After);
+        renamed.map_err(|error| io_error("make", &folder, &error))
+    });
+    if published.is_err() {
+        // The row may be there; without a folder it must not be.
+        if let Err(error) = world.store.delete_vm(record.id).await {
+            tracing::error!(vm = %record.id, %error, "the row of a VM that was not made is left");
+        }
+        if let Err(error) = tokio::fs::remove_dir_all(&staging.folder).await
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            tracing::error!(folder = %staging.folder.display(), %error, "a staging folder is left");
+        }
+    }
+    published
+}
+
+fn stage(world: &World, record: &VmRecord, staging: &VmFiles) -> Result<(), ErrorBody> {
+    point("create", "stage", Side::Before);
+    files::make_folder(&staging.folder)
+        .map_err(|error| io_error("make", &staging.folder, &error))?;
+    files::make_overlay(world, record, &staging.overlay())?;
+    if let (Some(uuid), Some(bytes)) = (record.disk_uuid, record.spec.disk_bytes) {
+        files::make_disk(world, bytes.get(), uuid, &staging.disk())?;
+    }
+    record
+        .mirror(&staging.folder, None)
+        .map_err(|error| io_error("write", &staging.folder, &error))?;
+    point("create", "stage", Side::After);
+    Ok(())
+}

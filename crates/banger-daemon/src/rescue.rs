@@ -1,0 +1,278 @@
+//! What the folders say when the database is lost, older, or damaged.
+//!
+//! A VM's folder alone is enough to rebuild its record; of row and mirror the one with the higher record version
+//! wins. A folder whose name starts with `.new-` is a VM only if its row was committed.
+
+use crate::images::{ImageRecord, KernelRecord, STAGING};
+use crate::record::{VM_FILE, VmRecord};
+use crate::store::{Rows, Store, StoreError};
+use banger_api::paths::Paths;
+use banger_core::id::{ImageId, KernelId, VmId};
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+
+/// Names in a folder, without errors: a folder that cannot be read has none.
+fn names(folder: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect()
+}
+
+/// Brings rows and folders together. Answers all VMs, images and kernels, and tells what it mended in `notices`.
+pub(crate) async fn reconcile(
+    paths: &Paths,
+    store: &Store,
+    rows: Rows,
+    notices: &mut Vec<String>,
+) -> Result<Rows, StoreError> {
+    let vms = reconcile_vms(paths, store, rows.vms, notices).await?;
+    let images = reconcile_images(paths, store, rows.images, notices).await?;
+    let kernels = reconcile_kernels(paths, store, rows.kernels, notices).await?;
+    Ok(Rows {
+        vms,
+        images,
+        kernels,
+    })
+}
+
+async fn reconcile_vms(
+    paths: &Paths,
+    store: &Store,
+    rows: Vec<VmRecord>,
+    notices: &mut Vec<String>,
+) -> Result<Vec<VmRecord>, StoreError> {
+    let mut records: HashMap<VmId, VmRecord> =
+        rows.into_iter().map(|record| (record.id, record)).collect();
+    let mut rescued = Vec::new();
+    for name in names(&paths.vms()) {
+        let folder = paths.vms().join(&name);
+        if let Some(id) = name.strip_prefix(STAGING) {
+            match id.parse::<VmId>() {
+                Ok(id) if records.contains_key(&id) => {
+                    // The row was committed: the creation goes on.
+                    if let Err(error) = std::fs::rename(&folder, paths.vm(id)) {
+                        notices.push(format!(
+                            "the folder of VM {id} could not be given its name: {error}"
+                        ));
+                    }
+                }
+                _ => {
+                    // Never acknowledged, never started.
+                    if let Err(error) = std::fs::remove_dir_all(&folder) {
+                        notices.push(format!(
+                            "the unfinished VM folder {name} could not be removed: {error}"
+                        ));
+                    }
+                }
+            }
+            continue;
+        }
+        let Ok(id) = name.parse::<VmId>() else {
+            notices.push(format!(
+                "`{}` is no VM's folder; it was left alone",
+                folder.display()
+            ));
+            continue;
+        };
+        match (VmRecord::from_mirror(&folder), records.get(&id)) {
+            (Ok(mirror), _) if mirror.id != id => {
+                notices.push(format!(
+                    "`{}` holds the record of another VM; it was left alone",
+                    folder.display()
+                ));
+            }
+            (Ok(mirror), Some(row)) if mirror.record_version > row.record_version => {
+                notices.push(format!(
+                    "VM `{}`: its folder knew more than the database",
+                    mirror.name
+                ));
+                store.update_vm(mirror.clone()).await?;
+                records.insert(id, mirror);
+            }
+            (Ok(_), Some(_)) => {}
+            (Ok(mirror), None) => rescued.push(mirror),
+            (Err(_), Some(row)) if row.purging => {}
+            (Err(error), Some(row)) => {
+                tracing::warn!(vm = %id, %error, "the mirror is made again");
+                if let Err(error) = row.mirror(&folder, None) {
+                    notices.push(format!(
+                        "VM `{}`: its {VM_FILE} could not be written: {error}",
+                        row.name
+                    ));
+                }
+            }
+            (Err(error), None) => {
+                let chain = banger_host::error_chain(&error);
+                notices.push(format!(
+                    "`{}` could not be read as a VM and was left alone: {chain}",
+                    folder.display()
+                ));
+            }
+        }
+    }
+    rescue_vms(store, rescued, &mut records, notices).await?;
+    let mut records: Vec<VmRecord> = records.into_values().collect();
+    records.sort_by_key(|record| record.id);
+    Ok(records)
+}
+
+/// Gives rows to VMs that have only a folder. A name that is taken by now gets a number.
+async fn rescue_vms(
+    store: &Store,
+    mut rescued: Vec<VmRecord>,
+    records: &mut HashMap<VmId, VmRecord>,
+    notices: &mut Vec<String>,
+) -> Result<(), StoreError> {
+    rescued.sort_by_key(|record| record.id);
+    let mut taken: HashSet<_> = records
+        .values()
+        .filter(|record| record.trashed_at.is_none())
+        .map(|record| record.name.clone())
+        .collect();
+    for mut record in rescued {
+        if record.trashed_at.is_none() && !taken.insert(record.name.clone()) {
+            let free = (2u64..).find_map(|number| {
+                let name = format!(
+                    "{}-{number}",
+                    record.name.as_str().chars().take(50).collect::<String>()
+                );
+                banger_core::name::VmName::new(name)
+                    .ok()
+                    .filter(|name| !taken.contains(name))
+            });
+            if let Some(free) = free {
+                notices.push(format!(
+                    "VM `{}` is now called `{free}`: the name was taken",
+                    record.name
+                ));
+                taken.insert(free.clone());
+                record.name = free;
+                record.record_version += 1;
+            }
+        }
+        notices.push(format!("VM `{}` was rebuilt from its folder", record.name));
+        store.insert_vm(record.clone()).await?;
+        records.insert(record.id, record);
+    }
+    Ok(())
+}
+
+/// Removes unfinished builds and answers the ids of finished folders without a row.
+fn sweep<I: std::str::FromStr + PartialEq>(
+    folder: &Path,
+    known: &[I],
+    notices: &mut Vec<String>,
+) -> Vec<I> {
+    let mut unknown = Vec::new();
+    for name in names(folder) {
+        if name.starts_with(STAGING) {
+            if let Err(error) = remove(&folder.join(&name)) {
+                notices.push(format!(
+                    "the unfinished build {name} could not be removed: {error}"
+                ));
+            }
+        } else if let Ok(id) = name.parse::<I>()
+            && !known.contains(&id)
+        {
+            unknown.push(id);
+        }
+    }
+    unknown
+}
+
+fn remove(path: &Path) -> std::io::Result<()> {
+    if path.is_dir() {
+        std::fs::remove_dir_all(path)
+    } else {
+        std::fs::remove_file(path)
+    }
+}
+
+async fn reconcile_images(
+    paths: &Paths,
+    store: &Store,
+    mut records: Vec<ImageRecord>,
+    notices: &mut Vec<String>,
+) -> Result<Vec<ImageRecord>, StoreError> {
+    records.retain(|record| {
+        let there = paths.images().join(record.manifest.id.to_string()).exists();
+        if !there {
+            notices.push(format!(
+                "image {} has no folder any more",
+                record.manifest.id
+            ));
+        }
+        there
+    });
+    let known: Vec<ImageId> = records.iter().map(|record| record.manifest.id).collect();
+    let mut unknown = sweep(&paths.images(), &known, notices);
+    // The newest keeps a name that several had.
+    unknown.sort_by(|a, b| b.cmp(a));
+    for id in unknown {
+        match banger_image::image::read_manifest(&paths.images().join(id.to_string())) {
+            Ok(manifest) => {
+                let free = !records
+                    .iter()
+                    .any(|other| other.name.is_some() && other.name == manifest.name);
+                let record = ImageRecord {
+                    name: manifest.name.clone().filter(|_| free),
+                    manifest,
+                };
+                store.put_image(record.clone()).await?;
+                notices.push(format!("image {id} was rebuilt from its folder"));
+                records.push(record);
+            }
+            Err(error) => notices.push(format!(
+                "image folder {id} was left alone: {}",
+                banger_host::error_chain(&error)
+            )),
+        }
+    }
+    Ok(records)
+}
+
+async fn reconcile_kernels(
+    paths: &Paths,
+    store: &Store,
+    mut records: Vec<KernelRecord>,
+    notices: &mut Vec<String>,
+) -> Result<Vec<KernelRecord>, StoreError> {
+    records.retain(|record| {
+        let there = paths
+            .kernels()
+            .join(record.manifest.id.to_string())
+            .exists();
+        if !there {
+            notices.push(format!(
+                "kernel {} has no folder any more",
+                record.manifest.id
+            ));
+        }
+        there
+    });
+    let known: Vec<KernelId> = records.iter().map(|record| record.manifest.id).collect();
+    let mut unknown = sweep(&paths.kernels(), &known, notices);
+    unknown.sort_by(|a, b| b.cmp(a));
+    for id in unknown {
+        match banger_image::kernel::read_manifest(&paths.kernels().join(id.to_string())) {
+            Ok(manifest) => {
+                let free = !records
+                    .iter()
+                    .any(|other| other.name.is_some() && other.name == manifest.name);
+                let record = KernelRecord {
+                    name: manifest.name.clone().filter(|_| free),
+                    manifest,
+                };
+                store.put_kernel(record.clone()).await?;
+                notices.push(format!("kernel {id} was rebuilt from its folder"));
+                records.push(record);
+            }
+            Err(error) => notices.push(format!(
+                "kernel folder {id} was left alone: {}",
+                banger_host::error_chain(&error)
+            )),
+        }
+    }
+    Ok(records)
+}

@@ -1,0 +1,369 @@
+//! The handlers of the endpoints that answer one JSON value.
+
+use super::streams;
+use super::{App, Call, json_route, raw_route};
+use crate::convert;
+use crate::vm::{Answer, Ask};
+use crate::{doctor, images, install};
+use axum::Router;
+use banger_api::daemon::{DaemonStatus, StopDaemon};
+use banger_api::endpoint::*;
+use banger_api::error::{ErrorBody, ErrorCode};
+use banger_api::operation::Operation;
+use banger_api::version::VERSION;
+use banger_api::vm::{
+    CreateVm, DeleteVm, JournalEntry, ListVms, SetVm, StopVm, Vm, WaitFor, WaitVm,
+};
+use banger_core::decide::Request;
+use banger_core::phase::Phase;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// How long a wait lasts that says nothing else.
+const WAIT: Duration = Duration::from_secs(60);
+
+/// All routes.
+pub(super) fn router() -> Router<App> {
+    let router = Router::new().route("/v1/openapi.json", axum::routing::get(openapi));
+    let router = json_route::<GetDaemon, _>(router, daemon);
+    let router = json_route::<PostDaemonStop, _>(router, stop_daemon);
+    let router =
+        json_route::<GetDoctor, _>(
+            router,
+            |call| async move { Ok(doctor::run(&call.app).await) },
+        );
+    let router = json_route::<GetDrivers, _>(router, drivers);
+    let router = json_route::<PostDriverInstall, _>(router, |call| async move {
+        install::start(&call.app.world, call.request)
+    });
+    let router = json_route::<GetVms, _>(router, list_vms);
+    let router = json_route::<PostVms, _>(router, create_vm);
+    let router = json_route::<GetVm, _>(router, |call| async move {
+        let handle = call.app.registry.find(call.parameter("vm"))?;
+        Ok(convert::vm(&call.app.world, &handle.latest()))
+    });
+    let router = json_route::<PatchVm, _>(router, set_vm);
+    let router = json_route::<DeleteVmEndpoint, _>(router, delete_vm);
+    let router = json_route::<PostVmStart, _>(router, |call| simple(call, Request::Start));
+    let router = json_route::<PostVmStop, _>(router, |call| stop(call, Request::Stop));
+    let router = json_route::<PostVmRestart, _>(router, |call| stop(call, Request::Restart));
+    let router = json_route::<PostVmPause, _>(router, |call| simple(call, Request::Pause));
+    let router = json_route::<PostVmResume, _>(router, |call| simple(call, Request::Resume));
+    let router = json_route::<PostVmKill, _>(router, |call| simple(call, Request::Kill));
+    let router = json_route::<GetVmWait, _>(router, wait);
+    let router = json_route::<GetVmWhy, _>(router, why);
+    let router =
+        json_route::<GetImages, _>(
+            router,
+            |call| async move { Ok(call.app.world.images.images()) },
+        );
+    let router = json_route::<PostImages, _>(router, |call| async move {
+        images::start_build(&call.app.world, call.request)
+    });
+    let router = json_route::<GetImage, _>(router, |call| async move {
+        call.app.world.images.image(call.parameter("image"))
+    });
+    let router = json_route::<DeleteImage, _>(router, |call| async move {
+        call.app
+            .world
+            .images
+            .delete_image(call.parameter("image"))
+            .await?;
+        Ok(Nothing {})
+    });
+    let router =
+        json_route::<GetKernels, _>(
+            router,
+            |call| async move { Ok(call.app.world.images.kernels()) },
+        );
+    let router = json_route::<PostKernels, _>(router, |call| async move {
+        images::start_import(&call.app.world, call.request)
+    });
+    let router = json_route::<DeleteKernel, _>(router, |call| async move {
+        call.app
+            .world
+            .images
+            .delete_kernel(call.parameter("kernel"))
+            .await?;
+        Ok(Nothing {})
+    });
+    let router = json_route::<GetOperations, _>(router, |call| async move {
+        Ok(call.app.world.operations.list())
+    });
+    let router = json_route::<GetOperation, _>(router, |call| async move {
+        let operation = call.app.world.operations.follow(operation_id(&call)?);
+        operation
+            .map(|state| state.borrow().clone())
+            .ok_or_else(|| no_operation(&call))
+    });
+    let router = json_route::<DeleteOperation, _>(router, cancel_operation);
+    let router =
+        raw_route::<GetOperationFollow, _>(router, |call, _| streams::follow_operation(call));
+    let router = raw_route::<GetEvents, _>(router, |call, _| streams::events(call));
+    let router = raw_route::<GetVmLogs, _>(router, |call, _| streams::logs(call));
+    raw_route::<GetVmConnect, _>(router, streams::connect)
+}
+
+async fn openapi() -> axum::Json<serde_json::Value> {
+    axum::Json(banger_api::openapi::document())
+}
+
+async fn daemon(call: Call<Nothing>) -> Result<DaemonStatus, ErrorBody> {
+    let world = &call.app.world;
+    let vms = call.app.registry.list(false);
+    let live = vms
+        .iter()
+        .filter(|handle| handle.view.borrow().phase.is_live())
+        .count();
+    Ok(DaemonStatus {
+        version: VERSION.to_owned(),
+        build: world.build.clone(),
+        schema: crate::store::SCHEMA_VERSION,
+        pid: std::process::id(),
+        instance: world.instance.id,
+        mode: world.mode,
+        pool: world.instance.pool,
+        started_at: world.started_at,
+        vms: vms.len(),
+        live,
+        state_dir: world.paths.state.display().to_string(),
+        notices: world.notices.clone(),
+    })
+}
+
+async fn stop_daemon(call: Call<StopDaemon>) -> Result<Nothing, ErrorBody> {
+    if call.request.vms {
+        let live = call
+            .app
+            .registry
+            .list(false)
+            .into_iter()
+            .filter(|handle| handle.view.borrow().phase.is_live());
+        let stops: Vec<_> = live
+            .map(|handle| {
+                tokio::spawn(async move {
+                    let reachable = handle.ask(Ask::new(Request::Stop)).await;
+                    if reachable.is_err() {
+                        handle.ask(Ask::new(Request::Kill)).await
+                    } else {
+                        reachable
+                    }
+                })
+            })
+            .collect();
+        for stop in stops {
+            stop.await
+                .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))??;
+        }
+    }
+    call.app.world.shutdown.send_replace(true);
+    Ok(Nothing {})
+}
+
+async fn drivers(call: Call<Nothing>) -> Result<Vec<banger_api::daemon::DriverInfo>, ErrorBody> {
+    let world = call.app.world;
+    let listed = tokio::task::spawn_blocking(move || {
+        let vmlinux = world.images.default_vmlinux();
+        world.drivers.list(vmlinux.as_deref())
+    });
+    listed
+        .await
+        .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))
+}
+
+async fn list_vms(call: Call<ListVms>) -> Result<Vec<Vm>, ErrorBody> {
+    let world = &call.app.world;
+    let mut vms: Vec<Vm> = call
+        .app
+        .registry
+        .list(call.request.trash)
+        .iter()
+        .map(|h| convert::vm(world, &h.view.borrow()))
+        .collect();
+    vms.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(vms)
+}
+
+fn going_down<T>(call: &Call<T>) -> Result<(), ErrorBody> {
+    if *call.app.world.shutdown.borrow() {
+        return Err(
+            ErrorBody::new(ErrorCode::ShuttingDown, "the daemon is going down")
+                .hint("repeat the command"),
+        );
+    }
+    Ok(())
+}
+
+async fn create_vm(call: Call<CreateVm>) -> Result<Vm, ErrorBody> {
+    going_down(&call)?;
+    let Call {
+        app,
+        request,
+        idempotency_key,
+        ..
+    } = call;
+    // A client that goes away must not stop the creation halfway.
+    let world = app.world.clone();
+    let created = tokio::spawn(async move {
+        app.registry
+            .create(&app.world, request, idempotency_key)
+            .await
+    });
+    let handle = created
+        .await
+        .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))??;
+    Ok(convert::vm(&world, &handle.latest()))
+}
+
+async fn ask<T>(call: &Call<T>, ask: Ask) -> Result<Vm, ErrorBody> {
+    let handle = call.app.registry.find(call.parameter("vm"))?;
+    let answer: Answer = handle.ask(ask).await;
+    Ok(convert::vm(&call.app.world, &answer?))
+}
+
+async fn simple(call: Call<Nothing>, request: Request) -> Result<Vm, ErrorBody> {
+    if request == Request::Start {
+        going_down(&call)?;
+    }
+    ask(&call, Ask::new(request)).await
+}
+
+async fn stop(call: Call<StopVm>, request: Request) -> Result<Vm, ErrorBody> {
+    let timeout = call
+        .request
+        .timeout_ms
+        .map_or(Ask::STOP_TIMEOUT, Duration::from_millis);
+    ask(
+        &call,
+        Ask {
+            timeout,
+            ..Ask::new(request)
+        },
+    )
+    .await
+}
+
+async fn set_vm(call: Call<SetVm>) -> Result<Vm, ErrorBody> {
+    let patch = convert::patch(&call.request)?;
+    if patch.is_empty() {
+        return Err(
+            ErrorBody::new(ErrorCode::InvalidRequest, "nothing to set was named")
+                .hint("name at least one of --memory and --vcpu"),
+        );
+    }
+    let generation = call.request.generation;
+    ask(
+        &call,
+        Ask {
+            patch,
+            generation,
+            ..Ask::new(Request::Set)
+        },
+    )
+    .await
+}
+
+async fn delete_vm(call: Call<DeleteVm>) -> Result<Vm, ErrorBody> {
+    let DeleteVm { force, purge } = call.request;
+    let request = Ask {
+        purge,
+        ..Ask::new(Request::Delete { force })
+    };
+    let deleted = ask(&call, request).await;
+    if let Ok(vm) = &deleted
+        && purge
+    {
+        call.app.registry.forget(vm.id);
+    }
+    deleted
+}
+
+async fn wait(call: Call<WaitVm>) -> Result<Vm, ErrorBody> {
+    let handle = call.app.registry.find(call.parameter("vm"))?;
+    let WaitVm {
+        condition,
+        timeout_ms,
+        after,
+    } = call.request;
+    let limit = timeout_ms.map_or(WAIT, Duration::from_millis);
+    let mut view = handle.view.clone();
+    let from = after.unwrap_or_else(|| view.borrow().revision);
+    let reached = |view: &crate::vm::View| {
+        view.purged
+            || match condition {
+                WaitFor::Ready => matches!(view.phase, Phase::Running { ready: true, .. }),
+                WaitFor::Running => {
+                    matches!(view.phase, Phase::Running { .. } | Phase::Paused { .. })
+                }
+                WaitFor::Stopped => matches!(view.phase, Phase::Stopped { .. }),
+                WaitFor::Change => view.revision > from,
+            }
+    };
+    // A VM that is stopped does not become ready by itself.
+    let hopeless = |view: &crate::vm::View| {
+        matches!(condition, WaitFor::Ready | WaitFor::Running)
+            && matches!(view.phase, Phase::Stopped { .. })
+    };
+    let name = view.borrow().record.name.clone();
+    let waited =
+        tokio::time::timeout(limit, view.wait_for(|view| reached(view) || hopeless(view))).await;
+    match waited {
+        Ok(Ok(view)) if !reached(&view) => {
+            let why = match &view.phase {
+                Phase::Stopped { why } => why.to_string(),
+                other => other.name().to_owned(),
+            };
+            Err(ErrorBody::new(ErrorCode::WrongPhase, format!("`{name}` is stopped: {why}"))
+                .hint(format!("`banger vm start {name}` starts it, `banger vm why {name}` tells what happened")))
+        }
+        Ok(Ok(view)) => Ok(convert::vm(&call.app.world, &view)),
+        Ok(Err(_)) => Err(ErrorBody::new(
+            ErrorCode::NotFound,
+            format!("the VM `{name}` is gone"),
+        )),
+        Err(_) => {
+            let message = format!(
+                "`{name}` did not get there within {} s; it is {}",
+                limit.as_secs_f32(),
+                handle.latest().phase.name()
+            );
+            Err(ErrorBody::new(ErrorCode::TimedOut, message).hint(format!(
+                "`banger vm logs {name}` and `banger vm why {name}` tell what it is doing"
+            )))
+        }
+    }
+}
+
+async fn why(call: Call<Nothing>) -> Result<Vec<JournalEntry>, ErrorBody> {
+    let handle = call.app.registry.find(call.parameter("vm"))?;
+    call.app
+        .world
+        .store
+        .journal(handle.id)
+        .await
+        .map_err(|error| images::store_error(&error))
+}
+
+fn no_operation<T>(call: &Call<T>) -> ErrorBody {
+    let query = call.parameter("operation").escape_debug().to_string();
+    ErrorBody::new(
+        ErrorCode::NotFound,
+        format!("there is no operation `{query}`"),
+    )
+}
+
+pub(super) fn operation_id<T>(call: &Call<T>) -> Result<Uuid, ErrorBody> {
+    call.parameter("operation")
+        .parse()
+        .map_err(|_| no_operation(call))
+}
+
+async fn cancel_operation(call: Call<Nothing>) -> Result<Operation, ErrorBody> {
+    let id = operation_id(&call)?;
+    call.app
+        .world
+        .operations
+        .cancel(id)
+        .await
+        .ok_or_else(|| no_operation(&call))
+}

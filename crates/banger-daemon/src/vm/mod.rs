@@ -1,0 +1,138 @@
+//! One VM: its actor, which alone changes its phase, and what the actor does to the host.
+//!
+//! ```text
+//!   registry --Message--> actor --decide--> start (a plan of steps) --> shim
+//!                           ^                stop (ask, wait, end)
+//!                           +---- link (events of the shim) ----------> teardown
+//! ```
+
+pub(crate) mod actor;
+pub(crate) mod files;
+mod link;
+mod start;
+mod stop;
+pub(crate) mod teardown;
+
+pub(crate) use start::network_error as start_network_error;
+
+use crate::record::VmRecord;
+use banger_api::error::ErrorBody;
+use banger_api::vm::{Attempt, BootTimes};
+use banger_core::decide::Request;
+use banger_core::id::VmId;
+use banger_core::phase::Phase;
+use banger_core::spec::{Driver, VmSpecPatch};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// Requests that may wait for one VM.
+const INBOX: usize = 32;
+
+/// What is published of a VM; `revision` grows with every change.
+#[derive(Debug, Clone)]
+pub(crate) struct View {
+    pub(crate) record: Arc<VmRecord>,
+    pub(crate) phase: Phase,
+    pub(crate) revision: u64,
+    pub(crate) attempt: Option<Attempt>,
+    pub(crate) boot: Option<BootTimes>,
+    /// Record and files are gone for ever.
+    pub(crate) purged: bool,
+}
+
+/// A request with what belongs to it.
+#[derive(Debug, Clone)]
+pub(crate) struct Ask {
+    pub(crate) request: Request,
+    /// How long a stop may take.
+    pub(crate) timeout: Duration,
+    /// For [`Request::Set`].
+    pub(crate) patch: VmSpecPatch,
+    /// For [`Request::Set`]: the generation that the change is based on.
+    pub(crate) generation: Option<u64>,
+    /// For [`Request::Delete`]: remove record and files for ever.
+    pub(crate) purge: bool,
+}
+
+impl Ask {
+    /// How long a guest may take to shut down.
+    pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+
+    pub(crate) fn new(request: Request) -> Self {
+        Self {
+            request,
+            timeout: Self::STOP_TIMEOUT,
+            patch: VmSpecPatch::default(),
+            generation: None,
+            purge: false,
+        }
+    }
+}
+
+/// The answer to an [`Ask`].
+pub(crate) type Answer = Result<View, ErrorBody>;
+
+#[derive(Debug)]
+pub(crate) struct Message {
+    pub(crate) ask: Ask,
+    pub(crate) reply: oneshot::Sender<Answer>,
+}
+
+/// The way to a VM's actor.
+#[derive(Debug, Clone)]
+pub(crate) struct Handle {
+    pub(crate) id: VmId,
+    inbox: mpsc::Sender<Message>,
+    pub(crate) view: watch::Receiver<View>,
+}
+
+impl Handle {
+    /// Asks, and waits for the answer.
+    pub(crate) async fn ask(&self, ask: Ask) -> Answer {
+        use banger_api::error::ErrorCode;
+        let gone = || ErrorBody::new(ErrorCode::NotFound, format!("the VM {} is gone", self.id));
+        let (reply, answer) = oneshot::channel();
+        self.inbox
+            .send(Message { ask, reply })
+            .await
+            .map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// The latest view.
+    pub(crate) fn latest(&self) -> View {
+        self.view.borrow().clone()
+    }
+}
+
+/// `run/attempt.json`: the volatile facts of one run, void after a reboot of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct AttemptFile {
+    /// Identifies the run.
+    pub(crate) attempt: String,
+    /// The boot of the host in which it was made.
+    pub(crate) boot_id: String,
+    pub(crate) driver: Driver,
+    pub(crate) accelerator: String,
+    pub(crate) reason: String,
+    pub(crate) generation: u64,
+    pub(crate) started_at: Timestamp,
+    /// Between the request and the VMM's exec, in milliseconds.
+    pub(crate) lead_ms: u64,
+}
+
+impl AttemptFile {
+    fn to_api(&self) -> Attempt {
+        Attempt {
+            driver: self.driver,
+            accelerator: self.accelerator.clone(),
+            reason: self.reason.clone(),
+            vmm_pid: None,
+            shim_pid: None,
+            generation: self.generation,
+        }
+    }
+}

@@ -1,0 +1,607 @@
+//! The plan of a start: steps in order, each announced, each with a way back by total teardown.
+
+use super::files::{self, VmFiles, io_error};
+use super::link::Link;
+use super::{AttemptFile, teardown};
+use crate::crash::{Side, point};
+use crate::drivers::{Chosen, accelerator_name};
+use crate::images::build_error;
+use crate::keys;
+use crate::network::{Lease, NetworkError};
+use crate::record::{VmRecord, replace_unsynced};
+use crate::world::World;
+use banger_api::error::{ErrorBody, ErrorCode};
+use banger_core::phase::StartStep;
+use banger_core::spec::Storage;
+use banger_guest::boot_config::{BootConfig, Drive, DriveRole, Network};
+use banger_host::net::host::HostOpError;
+use banger_host::net::keeper::KeeperError;
+use banger_host::op::Port;
+use banger_image::{image, kernel, template};
+use banger_vmm::driver::{DriveConfig, MachineConfig, NicConfig, Plan};
+use banger_vmm::launch;
+use banger_vmm::lock::{LockError, Locked, try_lock};
+use banger_vmm::protocol::{Descriptor, Launch, Launched, Ring, Status};
+use banger_vmm::qemu::args::find_firmware;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::Child;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+/// What the console may take on disk, in bytes.
+const CONSOLE_BYTES: u64 = 4 << 20;
+/// What the VMM's log may take on disk, in bytes.
+const LOG_BYTES: u64 = 1 << 20;
+/// The guest's vsock address. Firecracker's vsock is a Unix socket, so it need not be unique on the host.
+const CID: u32 = 3;
+/// Where a work disk is mounted.
+const DISK_AT: &str = "/data";
+
+/// A start that succeeded: the VMM runs.
+#[derive(Debug)]
+pub(super) struct Started {
+    pub(super) attempt: AttemptFile,
+    pub(super) link: Link,
+    pub(super) status: Status,
+    pub(super) shim: Child,
+}
+
+/// A start that did not.
+#[derive(Debug)]
+pub(super) struct StartError {
+    pub(super) step: StartStep,
+    pub(super) error: ErrorBody,
+    pub(super) cancelled: bool,
+}
+
+/// What a start works on.
+pub(super) struct StartPlan {
+    pub(super) world: Arc<World>,
+    pub(super) record: Arc<VmRecord>,
+    pub(super) asked_at: Instant,
+    pub(super) steps: watch::Sender<StartStep>,
+    pub(super) cancel: CancellationToken,
+}
+
+impl StartPlan {
+    fn files(&self) -> VmFiles {
+        VmFiles::of(&self.world.paths, self.record.id)
+    }
+
+    /// Runs all steps. After an error the host still holds what was made: the caller tears down.
+    pub(super) async fn run(self) -> Result<Started, StartError> {
+        let lock = self.step(StartStep::TakeLock, self.take_lock()).await?;
+        let opened = self.step(StartStep::OpenFiles, self.open_files()).await?;
+        let lease = self.step(StartStep::LeasePort, self.lease_port()).await?;
+        let boot = self
+            .step(StartStep::WriteBoot, self.write_boot(&opened))
+            .await?;
+        let (attempt, launched) = boot;
+        let shim = self
+            .step(StartStep::LaunchShim, self.launch(lock, lease, launched))
+            .await?;
+        let connected = self.step(StartStep::ProveLife, self.prove_life()).await;
+        match connected {
+            Ok((link, status)) => Ok(Started {
+                attempt,
+                link,
+                status,
+                shim,
+            }),
+            Err(error) => {
+                reap(shim);
+                Err(error)
+            }
+        }
+    }
+
+    async fn step<T>(
+        &self,
+        step: StartStep,
+        work: impl Future<Output = Result<T, ErrorBody>>,
+    ) -> Result<T, StartError> {
+        self.steps.send_replace(step);
+        if self.cancel.is_cancelled() {
+            let error = ErrorBody::new(
+                ErrorCode::Cancelled,
+                format!("the start of `{}` was cancelled", self.record.name),
+            );
+            return Err(StartError {
+                step,
+                error,
+                cancelled: true,
+            });
+        }
+        point("start", step.name(), Side::Before);
+        let begun = Instant::now();
+        let outcome = work.await;
+        let took = begun.elapsed();
+        let message = match &outcome {
+            Ok(_) => step.name().to_owned(),
+            Err(error) => format!("{} failed: {}", step.name(), error.message),
+        };
+        super::actor::note(&self.world, self.record.id, "start", message, Some(took));
+        point("start", step.name(), Side::After);
+        outcome.map_err(|error| StartError {
+            step,
+            error,
+            cancelled: false,
+        })
+    }
+
+    async fn take_lock(&self) -> Result<Locked, ErrorBody> {
+        let files = self.files();
+        let name = &self.record.name;
+        blocking(move || try_lock(&files.lock()))
+            .await?
+            .map_err(|error| match &error {
+                LockError::Held(_) => ErrorBody::new(
+                    ErrorCode::Unreachable,
+                    format!("a process of `{name}` is still alive"),
+                )
+                .caused_by(&error)
+                .hint(format!("`banger vm kill {name}` ends it")),
+                LockError::Io { source, path } => io_error("lock", path, source),
+            })
+    }
+
+    async fn open_files(&self) -> Result<Opened, ErrorBody> {
+        let (world, record, files) = (
+            Arc::clone(&self.world),
+            Arc::clone(&self.record),
+            self.files(),
+        );
+        blocking(move || open_files(&world, &record, &files)).await?
+    }
+
+    async fn lease_port(&self) -> Result<Lease, ErrorBody> {
+        let id = self.record.id;
+        let port = Port {
+            tap: id.tap_name(),
+            mac: id.mac(),
+            address: self.record.address,
+        };
+        self.world
+            .network
+            .lease(port)
+            .await
+            .map_err(|error| network_error(&error))
+    }
+
+    async fn write_boot(&self, opened: &Opened) -> Result<(AttemptFile, Prepared), ErrorBody> {
+        let world = Arc::clone(&self.world);
+        let (record, files, opened, asked_at) = (
+            Arc::clone(&self.record),
+            self.files(),
+            opened.clone(),
+            self.asked_at,
+        );
+        blocking(move || write_boot(&world, &record, &files, &opened, asked_at)).await?
+    }
+
+    async fn launch(
+        &self,
+        lock: Locked,
+        lease: Lease,
+        prepared: Prepared,
+    ) -> Result<Child, ErrorBody> {
+        let shim = self.world.programs.shim.clone();
+        let name = self.record.name.clone();
+        blocking(move || {
+            let mut roles = vec![Descriptor::Lock, Descriptor::Keepalive];
+            let mut descriptors = vec![lock.as_fd(), lease.keepalive.as_fd()];
+            if let Some(user) = &lease.user_namespace {
+                roles.push(Descriptor::UserNamespace);
+                descriptors.push(user.as_fd());
+            }
+            roles.push(Descriptor::NetworkNamespace);
+            descriptors.push(lease.network_namespace.as_fd());
+            let launch = Launch {
+                descriptors: roles,
+                ..prepared.launch
+            };
+            let failed = |message: String| {
+                ErrorBody::new(ErrorCode::StartFailed, message).hint(format!(
+                    "`banger vm logs --vmm {name}` shows what the VMM said"
+                ))
+            };
+            match launch::spawn(&shim, &launch, &descriptors) {
+                Ok((Launched::Running { .. }, child)) => Ok(child),
+                Ok((Launched::Failed { error, stderr }, _)) => {
+                    let mut body = failed(format!("the VMM of `{name}` did not start"));
+                    body.causes.push(error);
+                    body.causes
+                        .extend(stderr.lines().rev().take(3).map(str::to_owned));
+                    Err(body)
+                }
+                Err(error) => {
+                    Err(failed(format!("the shim of `{name}` did not start")).caused_by(&error))
+                }
+            }
+        })
+        .await?
+    }
+
+    async fn prove_life(&self) -> Result<(Link, Status), ErrorBody> {
+        Link::connect(&self.files().shim_socket())
+            .await
+            .map_err(|error| {
+                ErrorBody::new(
+                    ErrorCode::StartFailed,
+                    format!("the shim of `{}` does not answer", self.record.name),
+                )
+                .caused_by(&error)
+            })
+    }
+}
+
+/// Waits for a shim that has ended or is about to.
+pub(super) fn reap(mut shim: Child) {
+    tokio::task::spawn_blocking(move || shim.wait());
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, ErrorBody> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))
+}
+
+/// What a VM boots from, all of it checked.
+#[derive(Debug, Clone)]
+struct Opened {
+    root: PathBuf,
+    kernel: PathBuf,
+    initrd: PathBuf,
+    modules: PathBuf,
+    image_uuid: String,
+    modules_uuid: String,
+    init: String,
+}
+
+fn open_files(world: &World, record: &VmRecord, files: &VmFiles) -> Result<Opened, ErrorBody> {
+    let missing = |what: &str, id: String| {
+        ErrorBody::new(
+            ErrorCode::NotFound,
+            format!("the {what} {id} of `{}` is gone", record.name),
+        )
+        .hint(format!("`banger {what} list` shows those that are there"))
+    };
+    let image = world
+        .images
+        .image_by_id(record.spec.image)
+        .ok_or_else(|| missing("image", record.spec.image.to_string()))?
+        .manifest;
+    let kernel = world
+        .images
+        .kernel_by_id(record.spec.kernel)
+        .ok_or_else(|| missing("kernel", record.spec.kernel.to_string()))?
+        .manifest;
+    if image.sha256 != record.image_digest && record.spec.storage == Storage::Overlay {
+        return Err(ErrorBody::new(
+            ErrorCode::Conflict,
+            format!(
+                "the image of `{}` is not the one its overlay was made over",
+                record.name
+            ),
+        ));
+    }
+    let kernel_folder = world.images.kernel_folder(kernel.id);
+    kernel::refresh_initrd(&kernel_folder, &world.programs.init)
+        .map_err(|error| build_error(&error))?;
+    let image_root = world.images.image_folder(image.id).join(image::ROOT_IMAGE);
+    let root = match record.spec.storage {
+        Storage::Overlay => image_root.clone(),
+        Storage::Copy => files.overlay(),
+    };
+    let wanted = match record.spec.storage {
+        Storage::Overlay => record.overlay_uuid.to_string(),
+        Storage::Copy => image.uuid.clone(),
+    };
+    ensure_disk(record, &files.overlay(), &wanted, |path| {
+        files::make_overlay(world, record, path)
+    })?;
+    if let (Some(uuid), Some(bytes)) = (record.disk_uuid, record.spec.disk_bytes) {
+        let make = |path: &std::path::Path| files::make_disk(world, bytes.get(), uuid, path);
+        ensure_disk(record, &files.disk(), &uuid.to_string(), make)?;
+    }
+    let opened = Opened {
+        root,
+        kernel: kernel_folder.join(kernel::VMLINUX),
+        initrd: kernel_folder.join(kernel::INITRD),
+        modules: kernel_folder.join(kernel::MODULES_IMAGE),
+        image_uuid: image.uuid,
+        modules_uuid: kernel.modules_uuid,
+        init: image.init,
+    };
+    for path in [&image_root, &opened.kernel, &opened.initrd, &opened.modules] {
+        std::fs::File::open(path).map_err(|error| io_error("open", path, &error))?;
+    }
+    Ok(opened)
+}
+
+/// Checks that a disk is the VM's own. One that never held data is made again if it is missing or torn; one that did,
+/// and one that is somebody else's, is never touched.
+fn ensure_disk(
+    record: &VmRecord,
+    path: &std::path::Path,
+    uuid: &str,
+    make: impl Fn(&std::path::Path) -> Result<(), ErrorBody>,
+) -> Result<(), ErrorBody> {
+    match template::read_ext4_uuid(path) {
+        Ok(found) if found.to_string() == uuid => Ok(()),
+        Ok(found) => Err(ErrorBody::new(
+            ErrorCode::Conflict,
+            format!(
+                "`{}` is not the disk of `{}`: it carries the UUID {found}, not {uuid}",
+                path.display(),
+                record.name
+            ),
+        )
+        .hint("put the right file back; nothing was changed")),
+        Err(error) if record.started_once => {
+            Err(build_error(&error).hint("put the file back from a backup; nothing was changed"))
+        }
+        Err(_) => match std::fs::remove_file(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(io_error("remove", path, &error))
+            }
+            Ok(()) | Err(_) => make(path),
+        },
+    }
+}
+
+/// A launch that lacks only its descriptors.
+#[derive(Debug)]
+struct Prepared {
+    launch: Launch,
+}
+
+fn write_boot(
+    world: &World,
+    record: &VmRecord,
+    files: &VmFiles,
+    opened: &Opened,
+    asked_at: Instant,
+) -> Result<(AttemptFile, Prepared), ErrorBody> {
+    let Chosen {
+        vmm,
+        accelerator,
+        reason,
+    } = world
+        .drivers
+        .choose(record.spec.driver, Some(&opened.kernel))?;
+    let run = files.run();
+    // What an earlier attempt left is void: the lock is ours.
+    match std::fs::remove_dir_all(&run) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(io_error("remove", &run, &error));
+        }
+        _ => {}
+    }
+    files::make_folder(&run).map_err(|error| io_error("make", &run, &error))?;
+    let config = boot_config(world, record, opened)?;
+    let drive = config
+        .to_drive()
+        .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
+    write_new(&files.config_drive(), &drive)?;
+    let machine = machine(record, files, opened, accelerator);
+    let plan = vmm
+        .plan(&machine)
+        .map_err(|error| ErrorBody::from_error(ErrorCode::StartFailed, &error))?;
+    for (path, bytes) in &plan.files {
+        write_new(path, bytes)?;
+    }
+    let attempt = AttemptFile {
+        attempt: Uuid::now_v7().to_string(),
+        boot_id: world.boot_id.clone(),
+        driver: vmm.driver(),
+        accelerator: accelerator_name(accelerator).to_owned(),
+        reason,
+        generation: record.generation,
+        started_at: jiff::Timestamp::now(),
+        lead_ms: u64::try_from(asked_at.elapsed().as_millis()).unwrap_or(u64::MAX),
+    };
+    let json = serde_json::to_vec(&attempt).expect("an attempt is plain data");
+    replace_unsynced(&files.attempt(), &json)
+        .map_err(|error| io_error("write", &files.attempt(), &error))?;
+    if let Err(error) = record.mirror(&files.folder, Some(mirrored_plan(&plan))) {
+        tracing::warn!(vm = %record.id, %error, "vm.json was not written");
+    }
+    let launch = Launch {
+        vm: record.id.to_string(),
+        attempt: attempt.attempt.clone(),
+        descriptors: Vec::new(),
+        program: plan.program,
+        args: plan.args,
+        control: plan.control,
+        shim_socket: files.shim_socket(),
+        console: Ring {
+            path: files.console(),
+            max_bytes: CONSOLE_BYTES,
+        },
+        log: Ring {
+            path: files.vmm_log(),
+            max_bytes: LOG_BYTES,
+        },
+        exit_file: files.exit(),
+    };
+    Ok((attempt, Prepared { launch }))
+}
+
+/// The raw configuration given to the VMM, for `vm.json`.
+fn mirrored_plan(plan: &Plan) -> serde_json::Value {
+    let files: serde_json::Map<String, serde_json::Value> = plan
+        .files
+        .iter()
+        .map(|(path, bytes)| {
+            let content = serde_json::from_slice(bytes)
+                .unwrap_or_else(|_| String::from_utf8_lossy(bytes).into_owned().into());
+            (path.display().to_string(), content)
+        })
+        .collect();
+    serde_json::json!({ "program": plan.program, "args": plan.args, "files": files })
+}
+
+fn write_new(path: &std::path::Path, bytes: &[u8]) -> Result<(), ErrorBody> {
+    replace_unsynced(path, bytes).map_err(|error| io_error("write", path, &error))
+}
+
+fn machine(
+    record: &VmRecord,
+    files: &VmFiles,
+    opened: &Opened,
+    accelerator: banger_vmm::driver::Accelerator,
+) -> MachineConfig {
+    let own_root = record.spec.storage == Storage::Copy;
+    let mut drives = vec![
+        DriveConfig {
+            path: opened.root.clone(),
+            read_only: !own_root,
+        },
+        DriveConfig {
+            path: opened.modules.clone(),
+            read_only: true,
+        },
+        DriveConfig {
+            path: files.config_drive(),
+            read_only: true,
+        },
+    ];
+    if !own_root {
+        drives.push(DriveConfig {
+            path: files.overlay(),
+            read_only: false,
+        });
+    }
+    if record.disk_uuid.is_some() {
+        drives.push(DriveConfig {
+            path: files.disk(),
+            read_only: false,
+        });
+    }
+    MachineConfig {
+        id: record.id.to_string(),
+        name: record.name.to_string(),
+        vcpus: record.spec.vcpus.get().into(),
+        memory_mib: record.spec.memory_mib.get().into(),
+        kernel: opened.kernel.clone(),
+        initrd: opened.initrd.clone(),
+        kernel_args: Vec::new(),
+        drives,
+        nic: Some(NicConfig {
+            tap: record.id.tap_name(),
+            mac: record.id.mac().to_string(),
+        }),
+        run_dir: files.run(),
+        accelerator,
+        cid: CID,
+        firmware: find_firmware(),
+    }
+}
+
+fn boot_config(world: &World, record: &VmRecord, opened: &Opened) -> Result<BootConfig, ErrorBody> {
+    let seed: [u8; 32] =
+        keys::random().map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
+    let own_root = record.spec.storage == Storage::Copy;
+    let drive = |role, uuid, read_only, grow| Drive {
+        role,
+        uuid,
+        read_only,
+        grow,
+        mount_at: None,
+    };
+    let mut drives = vec![
+        drive(
+            DriveRole::Root,
+            Some(opened.image_uuid.clone()),
+            !own_root,
+            own_root,
+        ),
+        drive(
+            DriveRole::Modules,
+            Some(opened.modules_uuid.clone()),
+            true,
+            false,
+        ),
+        drive(DriveRole::Config, None, true, false),
+    ];
+    if !own_root {
+        drives.push(drive(
+            DriveRole::Overlay,
+            Some(record.overlay_uuid.to_string()),
+            false,
+            false,
+        ));
+    }
+    if let Some(uuid) = record.disk_uuid {
+        let disk = drive(DriveRole::Disk, Some(uuid.to_string()), false, true);
+        drives.push(Drive {
+            mount_at: Some(DISK_AT.to_owned()),
+            ..disk
+        });
+    }
+    let pool = world.instance.pool;
+    Ok(BootConfig {
+        hostname: record.name.to_string(),
+        vm_id: record.id.as_uuid().simple().to_string(),
+        authorized_keys: vec![world.authorized_key.clone()],
+        host_key: record.host_key.clone(),
+        host_key_public: record.host_key_public.clone(),
+        network: Some(Network {
+            mac: record.id.mac().to_string(),
+            address: record.address,
+            prefix: pool.guests().prefix(),
+            gateway: pool.gateway(),
+            dns: Vec::new(),
+        }),
+        seed: seed.iter().map(|byte| format!("{byte:02x}")).collect(),
+        time: jiff::Timestamp::now().as_second(),
+        drives,
+        init: opened.init.clone(),
+    })
+}
+
+/// A network's error on the wire.
+pub(crate) fn network_error(error: &NetworkError) -> ErrorBody {
+    let chain = banger_host::error_chain(error);
+    let unfit = matches!(
+        error,
+        NetworkError::Keeper(KeeperError::NotReady { .. } | KeeperError::Start { .. })
+            | NetworkError::Host(HostOpError::RouteInTheWay { .. })
+    ) || chain.contains("/dev/net/tun");
+    let code = if unfit {
+        ErrorCode::HostUnfit
+    } else {
+        ErrorCode::Internal
+    };
+    let body = ErrorBody::from_error(code, error);
+    if chain.contains("/dev/net/tun") {
+        return body.hint("make the node usable for everyone: `sudo chmod 0666 /dev/net/tun`");
+    }
+    if unfit {
+        body.hint("`banger doctor` checks the host")
+    } else {
+        body
+    }
+}
+
+/// After a failed start: nothing of it is left.
+pub(super) async fn unwind(world: &World, record: &VmRecord) -> Vec<String> {
+    let lock = VmFiles::of(&world.paths, record.id).lock();
+    let ended = tokio::task::spawn_blocking(move || {
+        teardown::end_processes(&lock, std::time::Duration::ZERO)
+    });
+    let mut problems = match ended.await {
+        Ok(Ok(_)) => Vec::new(),
+        Ok(Err(error)) => vec![banger_host::error_chain(&error)],
+        Err(error) => vec![error.to_string()],
+    };
+    problems.extend(teardown::remove_objects(world, record.id, "unwind").await);
+    problems
+}

@@ -1,0 +1,85 @@
+//! Total teardown: everything on the host that carries a VM's id goes. It is idempotent, goes on after errors, and
+//! needs no write to succeed, so it works on a full disk.
+
+use super::files::VmFiles;
+use crate::crash::{Side, point};
+use crate::world::World;
+use banger_core::id::VmId;
+use banger_vmm::lock::{LockError, Locked, holders, try_lock, wait_free};
+use banger_vmm::process::kill_holder;
+use rustix::process::Signal;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// How long killed processes may take to be gone.
+const DEATH: Duration = Duration::from_secs(10);
+
+/// Ends every process that holds the VM's lock: SIGTERM, at most `grace` to follow it, then SIGKILL. Answers the
+/// lock, taken. Blocks.
+pub(crate) fn end_processes(lock: &Path, grace: Duration) -> Result<Locked, LockError> {
+    let free = try_lock(lock);
+    if !matches!(free, Err(LockError::Held(_))) {
+        return free;
+    }
+    if !grace.is_zero() {
+        signal_all(lock, Signal::TERM);
+        let freed = wait_free(lock, Instant::now() + grace);
+        if !matches!(freed, Err(LockError::Held(_))) {
+            return freed;
+        }
+    }
+    signal_all(lock, Signal::KILL);
+    // A process that was stopped dies all the same; one in the middle of I/O may take a while.
+    wait_free(lock, Instant::now() + DEATH)
+}
+
+fn signal_all(lock: &Path, signal: Signal) {
+    match holders(lock) {
+        Ok(pids) => {
+            for pid in pids {
+                if let Err(error) = kill_holder(pid, lock, signal) {
+                    tracing::debug!(pid, %error, "a holder of the lock went away by itself");
+                }
+            }
+        }
+        Err(error) => {
+            tracing::warn!(lock = %lock.display(), %error, "the lock's holders cannot be listed")
+        }
+    }
+}
+
+/// Removes what a dead VM left on the host. Answers what could not be removed.
+pub(crate) async fn remove_objects(world: &World, id: VmId, verb: &'static str) -> Vec<String> {
+    let mut problems = Vec::new();
+    point(verb, "release-port", Side::Before);
+    if let Err(error) = world.network.release(id.tap_name()).await {
+        problems.push(banger_host::error_chain(&error));
+    }
+    point(verb, "release-port", Side::After);
+    let run = VmFiles::of(&world.paths, id).run();
+    point(verb, "clear-run", Side::Before);
+    match tokio::fs::remove_dir_all(&run).await {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => problems.push(format!("cannot remove `{}`: {error}", run.display())),
+    }
+    point(verb, "clear-run", Side::After);
+    for problem in &problems {
+        tracing::warn!(vm = %id, problem, "teardown left something behind");
+    }
+    problems
+}
+
+/// Makes what the guest wrote durable.
+pub(crate) async fn sync_disks(files: &VmFiles) {
+    let paths = [files.overlay(), files.disk()];
+    let synced = tokio::task::spawn_blocking(move || {
+        for path in paths.iter().filter(|path| path.exists()) {
+            if let Err(error) = banger_host::storage::sync_file(path) {
+                tracing::warn!(path = %path.display(), %error, "a disk was not synced");
+            }
+        }
+    });
+    // It neither panics nor is cancelled.
+    let _ = synced.await;
+}

@@ -1,0 +1,50 @@
+//! What every part of the daemon may use.
+
+use crate::config::Config;
+use crate::drivers::Drivers;
+use crate::events::Hub;
+use crate::images::Images;
+use crate::instance::Instance;
+use crate::network::Network;
+use crate::operations::Operations;
+use crate::store::Store;
+use banger_api::daemon::Mode;
+use banger_api::paths::Paths;
+use jiff::Timestamp;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::sync::watch;
+
+/// The programs that belong to banger.
+#[derive(Debug, Clone)]
+pub(crate) struct Programs {
+    pub(crate) shim: PathBuf,
+    pub(crate) keeper: PathBuf,
+    pub(crate) init: PathBuf,
+}
+
+/// What every part of the daemon may use.
+#[derive(Debug)]
+pub(crate) struct World {
+    pub(crate) paths: Paths,
+    pub(crate) config: Config,
+    pub(crate) instance: Instance,
+    pub(crate) mode: Mode,
+    pub(crate) programs: Programs,
+    pub(crate) store: Store,
+    pub(crate) hub: Hub,
+    pub(crate) network: Network,
+    pub(crate) images: Arc<Images>,
+    pub(crate) drivers: Drivers,
+    pub(crate) operations: Arc<Operations>,
+    /// The public half of banger's own ssh key.
+    pub(crate) authorized_key: String,
+    /// Identifies this boot of the host.
+    pub(crate) boot_id: String,
+    pub(crate) build: String,
+    pub(crate) started_at: Timestamp,
+    /// What was found and mended at start-up.
+    pub(crate) notices: Vec<String>,
+    /// Set once the daemon goes down.
+    pub(crate) shutdown: watch::Sender<bool>,
+}
