@@ -39,6 +39,9 @@ pub(crate) struct Chosen {
     pub(crate) reason: String,
 }
 
+type Parse = fn(&str) -> Option<Version>;
+type Judge = fn(Version) -> Verdict;
+
 /// A program that was looked for.
 #[derive(Debug, Clone)]
 struct Found {
@@ -65,7 +68,7 @@ impl Drivers {
         }
     }
 
-    fn version(&self, program: &Path, parse: fn(&str) -> Option<Version>) -> Option<Version> {
+    fn version(&self, program: &Path, parse: Parse) -> Option<Version> {
         let metadata = std::fs::metadata(program).ok()?;
         let key = (program.to_owned(), metadata.ino(), metadata.mtime());
         let known = self
@@ -102,7 +105,7 @@ impl Drivers {
                 .filter(|path| path.is_file())
                 .or_else(|| on_path(name)),
         }?;
-        let (parse, judge): (fn(&str) -> Option<Version>, fn(Version) -> Verdict) = match driver {
+        let (parse, judge): (Parse, Judge) = match driver {
             Driver::Qemu => (qemu::version::parse, qemu::version::judge),
             Driver::Firecracker => (firecracker::version::parse, firecracker::version::judge),
         };
