@@ -99,7 +99,8 @@ pub(super) async fn watch(
 fn news(said: &BootTimes, boot: &BootTimes) -> Vec<String> {
     stages(said)
         .zip(stages(boot))
-        .filter(|((_, before), (_, now))| before != now)
+        // A stage's time may still be set right a little; it was told.
+        .filter(|((_, before), _)| before.is_none())
         .filter_map(|(_, (stage, ms))| Some(format!("{stage:<12} {:>8}", value::seconds(ms?))))
         .collect()
 }
