@@ -104,8 +104,8 @@ pub(crate) fn ask_init_to_power_off() -> Asked {
 
 /// The kernel drops a signal for PID 1 that it neither catches nor blocks, as at its start.
 fn ask_by_signal(signal: Signal) -> Asked {
-    let status = std::fs::read_to_string("/proc/1/status").unwrap_or_default();
-    if !hears(&status, signal) {
+    let of_init = |file| std::fs::read_to_string(format!("/proc/1/{file}")).unwrap_or_default();
+    if !hears(&of_init("status"), signal) && !waits_for_signals(&of_init("syscall")) {
         return Asked::NotYet;
     }
     match kill_process(Pid::INIT, signal) {
@@ -115,14 +115,29 @@ fn ask_by_signal(signal: Signal) -> Asked {
 }
 
 /// Whether a process with this `/proc/PID/status` catches or blocks the signal.
+///
+/// busybox's init waits in `sigtimedwait`, during which the kernel does not show what it blocks; that it catches
+/// SIGTSTP, which it does next, shows that it is that far.
 fn hears(status: &str, signal: Signal) -> bool {
-    let bit = 1_u64 << (signal.as_raw() - 1);
+    let bit = |signal: Signal| 1_u64 << (signal.as_raw() - 1);
+    let bit = if signal == Signal::USR2 {
+        bit(signal) | bit(Signal::TSTP)
+    } else {
+        bit(signal)
+    };
     status
         .lines()
         .filter_map(|line| line.split_once(':'))
         .filter(|(name, _)| matches!(*name, "SigBlk" | "SigCgt"))
         .filter_map(|(_, mask)| u64::from_str_radix(mask.trim(), 16).ok())
         .any(|mask| mask & bit != 0)
+}
+
+/// Whether a process with this `/proc/PID/syscall` is in `rt_sigtimedwait`, as busybox's init is between its tasks: the
+/// signals that it waits for then count as neither caught nor blocked, though they reach it.
+fn waits_for_signals(syscall: &str) -> bool {
+    const RT_SIGTIMEDWAIT: &str = "128";
+    syscall.split_whitespace().next() == Some(RT_SIGTIMEDWAIT)
 }
 
 fn write_pipe(path: &str, bytes: &[u8]) -> io::Result<()> {
@@ -277,6 +292,18 @@ mod tests {
         assert!(!hears(status, Signal::USR2));
         assert!(hears(status, Signal::from_named_raw(11).unwrap()));
         assert!(!hears("", Signal::USR2));
+        assert!(hears(
+            "SigBlk:\t0000000000000000\nSigCgt:\t0000000000080000\n",
+            Signal::USR2
+        ));
+    }
+
+    #[test]
+    fn an_init_that_waits_for_signals_is_told_by_its_system_call() {
+        assert!(waits_for_signals("128 0x7ffd 0x0 0x0 0x8 0x0 0x0 0x7f 0x7f\n"));
+        assert!(!waits_for_signals("1280 0x0\n"));
+        assert!(!waits_for_signals("running\n"));
+        assert!(!waits_for_signals(""));
     }
 
     #[test]
