@@ -185,7 +185,7 @@ async fn install(
         tell(
             &reporter,
             "unpack",
-            format!("taking the program out of {subject}{note}"),
+            format!("taking the program out of {subject}"),
             None,
             None,
         );
@@ -204,7 +204,7 @@ async fn install(
         tell(
             &reporter,
             "check",
-            format!("asking the program for its version{note}"),
+            "asking the program for its version".to_owned(),
             None,
             None,
         );
