@@ -38,6 +38,9 @@ const CONSOLE_BYTES: u64 = 4 << 20;
 const LOG_BYTES: u64 = 1 << 20;
 /// The guest's vsock address. Firecracker's vsock is a Unix socket, so it need not be unique on the host.
 const CID: u32 = 3;
+/// The node that guests' networks need.
+const TUN: &str = "/dev/net/tun";
+const TUN_HINT: &str = "make the node usable for everyone: `sudo chmod 0666 /dev/net/tun`";
 /// Where a work disk is mounted.
 const DISK_AT: &str = "/data";
 
@@ -574,15 +577,15 @@ pub(crate) fn network_error(error: &NetworkError) -> ErrorBody {
         error,
         NetworkError::Keeper(KeeperError::NotReady { .. } | KeeperError::Start { .. })
             | NetworkError::Host(HostOpError::RouteInTheWay { .. })
-    ) || chain.contains("/dev/net/tun");
+    ) || chain.contains(TUN);
     let code = if unfit {
         ErrorCode::HostUnfit
     } else {
         ErrorCode::Internal
     };
     let body = ErrorBody::from_error(code, error);
-    if chain.contains("/dev/net/tun") {
-        return body.hint("make the node usable for everyone: `sudo chmod 0666 /dev/net/tun`");
+    if chain.contains(TUN) {
+        return body.hint(TUN_HINT);
     }
     if unfit {
         body.hint("`banger doctor` checks the host")
