@@ -1,5 +1,7 @@
 //! `banger driver install` with a daemon of the test's own and a server on loopback.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use banger_testkit::skip::skip;
 use std::io::{Read, Write};
 use std::net::TcpListener;
