@@ -1,103 +1,152 @@
-//! How fast banger is against the bare thing, measured in interleaved pairs.
+//! How fast banger is against the bare thing, measured in interleaved pairs, and how little it takes.
+//!
+//! | bench | ours | theirs |
+//! | --- | --- | --- |
+//! | `version` | `banger --version` | `/bin/true` |
+//! | `start` | `banger vm start`, which returns when QEMU has greeted on its QMP socket | the identical QEMU command by itself, until it greets |
+//! | `list` | `banger vm list` with 1,000 VMs | `curl --unix-socket` of the same bytes |
+//! | `memory` | PSS of the daemon and of a shim | |
+//! | `syncs` | waits for the disk before the answer | |
+//! | `boot` | create until a command ran over ssh, default image | the same packages as Debian boots them |
 
+mod bare;
+mod boot;
+mod home;
+mod list;
+mod memory;
+mod start;
 mod stats;
+mod syncs;
+mod table;
 
-use crate::command::{capture, command};
+use crate::command::command;
 use crate::dist::{self, Profile};
 use crate::failure::{Failure, Result};
-use stats::{Target, Verdict, summarise};
-use std::path::Path;
-use std::time::Instant;
+use crate::packages::{self, Purpose};
+use home::seconds_of;
+use stats::{Summary, Target, summarise};
+use std::path::{Path, PathBuf};
+use table::{Row, table};
 
 /// Pairs for what takes milliseconds.
 const PAIRS: usize = 30;
+/// VMs where many are wanted.
+const MANY: usize = 1000;
 
-/// What runs on either side of a pair: it does the thing once and gives what it took.
-type Side<'a> = Box<dyn FnMut() -> Result<f64> + 'a>;
-
-/// One comparison.
-struct Bench<'a> {
+/// One group of rows.
+struct Bench {
     name: &'static str,
-    pairs: usize,
-    target: Target,
-    ours: Side<'a>,
-    theirs: Side<'a>,
+    run: fn(&Path) -> Result<Vec<Row>>,
 }
 
-/// Runs the benches whose names contain one of `names`, or all, and prints a table of ratios.
-pub(crate) fn bench(names: &[&str]) -> Result<()> {
-    let dist = dist::dist(Profile::Release)?;
-    println!(
-        "bench                              pairs   ratio  [quartiles]      difference   target  verdict"
-    );
-    for mut bench in benches(&dist) {
-        if names.is_empty() || names.iter().any(|name| bench.name.contains(name)) {
-            run(&mut bench)?;
+const BENCHES: [Bench; 6] = [
+    Bench {
+        name: "version",
+        run: version,
+    },
+    Bench {
+        name: "start",
+        run: start::run,
+    },
+    Bench {
+        name: "list",
+        run: list::run,
+    },
+    Bench {
+        name: "memory",
+        run: memory::run,
+    },
+    Bench {
+        name: "syncs",
+        run: syncs::run,
+    },
+    Bench {
+        name: "boot",
+        run: boot::run,
+    },
+];
+
+/// Runs the benches that are named, or all, and prints a table. After `--dist` comes the folder of the programs to
+/// measure; without it they are built in release.
+pub(crate) fn bench(words: &[&str]) -> Result<()> {
+    let (given, names) = match words {
+        ["--dist", folder, names @ ..] => (Some(PathBuf::from(folder)), names),
+        names => (None, names),
+    };
+    if let Some(unknown) = names
+        .iter()
+        .find(|name| BENCHES.iter().all(|bench| bench.name != **name))
+    {
+        let known = BENCHES.map(|bench| bench.name).join(", ");
+        return Err(Failure::new(format!("there is no bench `{unknown}`"))
+            .hint(format!("there are {known}")));
+    }
+    packages::ensure(Purpose::Bench)?;
+    let dist = match given {
+        Some(folder) => std::path::absolute(&folder)
+            .map_err(Failure::io(format!("cannot find `{}`", folder.display())))?,
+        None => dist::dist(Profile::Release)?,
+    };
+    let mut rows = Vec::new();
+    let mut failures = 0;
+    for bench in BENCHES {
+        if !names.is_empty() && !names.contains(&bench.name) {
+            continue;
+        }
+        eprintln!("== {}", bench.name);
+        match (bench.run)(&dist) {
+            Ok(more) => rows.extend(more),
+            Err(failure) => {
+                eprintln!("{failure}");
+                rows.push(Row::failed(bench.name));
+                failures += 1;
+            }
         }
     }
-    Ok(())
+    print!("\n{}", table(&rows));
+    println!("medians; `undecided`: the pairs spread wider than the margin, around the target");
+    if failures == 0 {
+        Ok(())
+    } else {
+        Err(Failure::new(format!("{failures} of the benches failed")))
+    }
 }
 
-fn benches(dist: &Path) -> Vec<Bench<'_>> {
-    vec![Bench {
-        name: "banger --version / /bin/true",
-        pairs: PAIRS,
-        target: Target {
-            at_most: 3.0,
-            margin: 0.25,
-        },
-        ours: Box::new(|| seconds_of(&dist.join("banger"), &["--version"])),
-        theirs: Box::new(|| seconds_of(Path::new("/bin/true"), &[])),
-    }]
+fn version(dist: &Path) -> Result<Vec<Row>> {
+    let target = Target {
+        at_most: 3.0,
+        margin: 0.25,
+        at_most_more: None,
+    };
+    let summary = pairs(
+        PAIRS,
+        || seconds_of(command(dist.join("banger")).arg("--version")),
+        || seconds_of(&mut command("/bin/true")),
+    )?;
+    let name = "banger --version / true";
+    Ok(vec![Row::pairs(name, &summary, target, PAIRS)])
 }
 
-fn run(bench: &mut Bench<'_>) -> Result<()> {
-    // The first of each side pays for cold caches.
-    (bench.ours)()?;
-    (bench.theirs)()?;
-    let mut pairs = Vec::with_capacity(bench.pairs);
-    for number in 0..bench.pairs {
+/// Measures both sides in turn, each giving what it took, in seconds. The first pair pays for cold caches and does
+/// not count.
+fn pairs(
+    count: usize,
+    mut ours: impl FnMut() -> Result<f64>,
+    mut theirs: impl FnMut() -> Result<f64>,
+) -> Result<Summary> {
+    ours()?;
+    theirs()?;
+    let mut pairs = Vec::with_capacity(count);
+    for number in 0..count {
         // Whoever goes second finds a warmer machine, so the sides take turns.
         let pair = if number % 2 == 0 {
-            let ours = (bench.ours)()?;
-            (ours, (bench.theirs)()?)
+            let ours = ours()?;
+            (ours, theirs()?)
         } else {
-            let theirs = (bench.theirs)()?;
-            ((bench.ours)()?, theirs)
+            let theirs = theirs()?;
+            (ours()?, theirs)
         };
         pairs.push(pair);
     }
-    let Some(summary) = summarise(&pairs) else {
-        println!("{:<34} {}", bench.name, Verdict::Undecided.word());
-        return Ok(());
-    };
-    println!(
-        "{:<34} {:>5} {:>7.2}  [{:.2} to {:.2}]   {:>8.2} ms  ≤ {:<5.2}  {}",
-        bench.name,
-        summary.pairs,
-        summary.median,
-        summary.low,
-        summary.high,
-        summary.difference * 1000.0,
-        bench.target.at_most,
-        summary.verdict(bench.target, bench.pairs).word(),
-    );
-    Ok(())
-}
-
-/// How long the command takes, in seconds, from before it is started until its end was seen.
-fn seconds_of(program: &Path, args: &[&str]) -> Result<f64> {
-    let start = Instant::now();
-    let ended = capture(command(program).args(args))?;
-    let seconds = start.elapsed().as_secs_f64();
-    if ended.success {
-        Ok(seconds)
-    } else {
-        Err(Failure::new(format!(
-            "`{} {}` failed: {}",
-            program.display(),
-            args.join(" "),
-            ended.stderr.trim()
-        )))
-    }
+    summarise(&pairs).ok_or_else(|| Failure::new("the other side took no time at all"))
 }

@@ -8,6 +8,9 @@ pub(crate) struct Target {
     pub(crate) at_most: f64,
     /// The spread, as a share of the median ratio, above which nothing is decided.
     pub(crate) margin: f64,
+    /// How much more ours may take, in the unit of the measurements; also the spread of the differences above which
+    /// nothing is decided.
+    pub(crate) at_most_more: Option<f64>,
 }
 
 /// What it showed.
@@ -29,17 +32,51 @@ impl Verdict {
     }
 }
 
-/// The pairwise ratios, summed up.
+/// A median with its quartiles.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Spread {
+    /// The first quartile.
+    pub(crate) low: f64,
+    pub(crate) median: f64,
+    /// The third quartile.
+    pub(crate) high: f64,
+}
+
+impl Spread {
+    /// Of `values`, of which there is at least one.
+    fn of(values: impl Iterator<Item = f64>) -> Self {
+        let mut sorted: Vec<f64> = values.collect();
+        sorted.sort_by(f64::total_cmp);
+        Self {
+            low: quantile(&sorted, 0.25),
+            median: quantile(&sorted, 0.5),
+            high: quantile(&sorted, 0.75),
+        }
+    }
+
+    fn verdict(self, at_most: f64, widest: f64) -> Verdict {
+        let wide = self.high - self.low > widest;
+        let straddles = self.low <= at_most && at_most < self.high;
+        if wide && straddles {
+            Verdict::Undecided
+        } else if self.median <= at_most {
+            Verdict::Met
+        } else {
+            Verdict::Missed
+        }
+    }
+}
+
+/// The pairs, summed up, in the unit of the measurements.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Summary {
     pub(crate) pairs: usize,
-    pub(crate) median: f64,
-    /// The first quartile.
-    pub(crate) low: f64,
-    /// The third quartile.
-    pub(crate) high: f64,
-    /// The median of the differences within each pair, in the unit of the measurements.
-    pub(crate) difference: f64,
+    pub(crate) ours: Spread,
+    pub(crate) theirs: Spread,
+    /// Of the ratios within each pair.
+    pub(crate) ratio: Spread,
+    /// Of the differences within each pair.
+    pub(crate) difference: Spread,
 }
 
 /// Sums up pairs of ours and theirs. `None` without pairs, or where theirs took no time at all.
@@ -47,14 +84,12 @@ pub(crate) fn summarise(pairs: &[(f64, f64)]) -> Option<Summary> {
     if pairs.is_empty() || pairs.iter().any(|(_, theirs)| *theirs <= 0.0) {
         return None;
     }
-    let ratios = sorted(pairs.iter().map(|(ours, theirs)| ours / theirs));
-    let differences = sorted(pairs.iter().map(|(ours, theirs)| ours - theirs));
     Some(Summary {
         pairs: pairs.len(),
-        median: quantile(&ratios, 0.5),
-        low: quantile(&ratios, 0.25),
-        high: quantile(&ratios, 0.75),
-        difference: quantile(&differences, 0.5),
+        ours: Spread::of(pairs.iter().map(|(ours, _)| *ours)),
+        theirs: Spread::of(pairs.iter().map(|(_, theirs)| *theirs)),
+        ratio: Spread::of(pairs.iter().map(|(ours, theirs)| ours / theirs)),
+        difference: Spread::of(pairs.iter().map(|(ours, theirs)| ours - theirs)),
     })
 }
 
@@ -65,22 +100,23 @@ impl Summary {
         if self.pairs < least_pairs {
             return Verdict::Undecided;
         }
-        let wide = self.high - self.low > target.margin * self.median;
-        let straddles = self.low <= target.at_most && target.at_most < self.high;
-        if wide && straddles {
-            Verdict::Undecided
-        } else if self.median <= target.at_most {
-            Verdict::Met
-        } else {
-            Verdict::Missed
+        let ratio = self
+            .ratio
+            .verdict(target.at_most, target.margin * self.ratio.median);
+        let difference = target
+            .at_most_more
+            .map_or(Verdict::Met, |more| self.difference.verdict(more, more));
+        match (ratio, difference) {
+            (Verdict::Missed, _) | (_, Verdict::Missed) => Verdict::Missed,
+            (Verdict::Met, Verdict::Met) => Verdict::Met,
+            _ => Verdict::Undecided,
         }
     }
 }
 
-fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values
+/// The median. `None` of nothing.
+pub(crate) fn median(values: &[f64]) -> Option<f64> {
+    (!values.is_empty()).then(|| Spread::of(values.iter().copied()).median)
 }
 
 /// The value below which the share `q` of `sorted` lies, between neighbours in proportion. `sorted` is not empty.
@@ -108,6 +144,7 @@ mod tests {
     const TARGET: Target = Target {
         at_most: 1.1,
         margin: 0.1,
+        at_most_more: None,
     };
 
     fn pairs(ratios: &[f64]) -> Vec<(f64, f64)> {
@@ -123,9 +160,10 @@ mod tests {
         // The machine slowed down threefold for the last pair; each pair still says the same.
         let slowed = [(2.0, 1.0), (2.0, 1.0), (6.0, 3.0)];
         let summary = summarise(&slowed).unwrap();
-        assert_eq!(summary.median, 2.0);
-        assert_eq!((summary.low, summary.high), (2.0, 2.0));
-        assert_eq!(summary.difference, 1.0);
+        assert_eq!(summary.ratio.median, 2.0);
+        assert_eq!((summary.ratio.low, summary.ratio.high), (2.0, 2.0));
+        assert_eq!(summary.difference.median, 1.0);
+        assert_eq!((summary.ours.median, summary.theirs.median), (2.0, 1.0));
     }
 
     #[test]
@@ -151,6 +189,21 @@ mod tests {
     fn a_wide_spread_on_one_side_of_the_target_decides() {
         assert_eq!(verdict(&[0.3, 0.5, 0.8]), Verdict::Met);
         assert_eq!(verdict(&[1.5, 2.0, 3.0]), Verdict::Missed);
+    }
+
+    #[test]
+    fn a_good_ratio_is_not_enough_where_the_difference_counts_too() {
+        let with = |at_most_more| {
+            let target = Target {
+                at_most_more: Some(at_most_more),
+                ..TARGET
+            };
+            summarise(&pairs(&[1.04, 1.05, 1.06]))
+                .unwrap()
+                .verdict(target, 3)
+        };
+        assert_eq!(with(0.2), Verdict::Met);
+        assert_eq!(with(0.05), Verdict::Missed);
     }
 
     #[test]

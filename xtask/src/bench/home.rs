@@ -1,0 +1,194 @@
+//! A world of banger's own for a bench: folders, a daemon, and neither afterwards.
+
+use crate::command::{Captured, capture, command, run};
+use crate::failure::{Failure, Result};
+use crate::layout::target;
+use serde_json::Value;
+use std::io::{Read, Write};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// How long the daemon may take to answer a request.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+/// The images and kernels that benches use, kept between runs.
+const STORE: &str = "bench-store";
+
+/// A home whose daemon serves the programs in `dist`.
+#[derive(Debug)]
+pub(super) struct Home {
+    dist: PathBuf,
+    folder: PathBuf,
+    kept: bool,
+}
+
+/// The images that a bench wants beside the default kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Images {
+    Tiny,
+    TinyAndDefault,
+}
+
+impl Home {
+    /// A new home with a running daemon, and with the kernel and the images in it.
+    pub(super) fn new(dist: &Path, images: Images) -> Result<Self> {
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let store = fill_store(dist, images)?;
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        // Not in the folder for temporary files, which is often in memory, where no bench waits for a disk.
+        let name = format!("bench-{}-{number}", std::process::id());
+        let home = Self::at(dist, target().join(name), false)?;
+        for part in ["images", "kernels"] {
+            // Nobody writes into an image, so a hard link is as good as a copy.
+            let mut copy = command("cp");
+            copy.arg("-al").arg(store.join(part)).arg(home.data());
+            succeed(&mut copy)?;
+        }
+        home.succeed(&["daemon", "start"])?;
+        Ok(home)
+    }
+
+    fn at(dist: &Path, folder: PathBuf, kept: bool) -> Result<Self> {
+        let home = Self {
+            dist: dist.to_owned(),
+            folder,
+            kept,
+        };
+        for below in ["config", "state", "cache", "run", "data/banger"] {
+            let below = home.folder.join(below);
+            std::fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&below)
+                .map_err(Failure::io(format!("cannot make `{}`", below.display())))?;
+        }
+        Ok(home)
+    }
+
+    fn data(&self) -> PathBuf {
+        self.folder.join("data/banger")
+    }
+
+    /// A folder for what the bench itself needs.
+    pub(super) fn scratch(&self, name: &str) -> Result<PathBuf> {
+        let folder = self.folder.join(name);
+        std::fs::create_dir_all(&folder)
+            .map_err(Failure::io(format!("cannot make `{}`", folder.display())))?;
+        Ok(folder)
+    }
+
+    /// `banger` with this home as its world.
+    pub(super) fn banger(&self, args: &[&str]) -> Command {
+        let mut banger = command(self.dist.join("banger"));
+        banger
+            .args(args)
+            .env("HOME", &self.folder)
+            .env("XDG_CONFIG_HOME", self.folder.join("config"))
+            .env("XDG_STATE_HOME", self.folder.join("state"))
+            .env("XDG_DATA_HOME", self.folder.join("data"))
+            .env("XDG_CACHE_HOME", self.folder.join("cache"))
+            .env("XDG_RUNTIME_DIR", self.folder.join("run"))
+            .env_remove("BANGER_LIBEXEC");
+        banger
+    }
+
+    /// Runs `banger`, which must succeed.
+    pub(super) fn succeed(&self, args: &[&str]) -> Result<Captured> {
+        succeed(&mut self.banger(args))
+    }
+
+    /// What `banger` printed as JSON.
+    pub(super) fn json(&self, args: &[&str]) -> Result<Value> {
+        let said = self.succeed(&[args, &["--json"]].concat())?.stdout;
+        serde_json::from_str(&said).map_err(|error| {
+            Failure::new(format!(
+                "`banger {} --json` printed no JSON: {error}",
+                args.join(" ")
+            ))
+        })
+    }
+
+    /// The daemon's process.
+    pub(super) fn daemon_pid(&self) -> Result<i64> {
+        self.json(&["daemon", "status"])?["pid"]
+            .as_i64()
+            .ok_or_else(|| Failure::new("`banger daemon status` names no process"))
+    }
+
+    pub(super) fn socket(&self) -> PathBuf {
+        self.folder.join("run/banger/bangerd.sock")
+    }
+
+    /// Posts `body` to the daemon; its answer must say success. Returns when the last byte of it came.
+    pub(super) fn post(&self, path: &str, body: &str) -> Result<()> {
+        let socket = self.socket();
+        let failed = || Failure::io(format!("cannot post {path} to `{}`", socket.display()));
+        let mut stream = UnixStream::connect(&socket).map_err(failed())?;
+        stream
+            .set_read_timeout(Some(ANSWER_LIMIT))
+            .map_err(failed())?;
+        let request = format!(
+            "POST {path} HTTP/1.1\r\nHost: banger\r\nConnection: close\r\nContent-Type: application/json\r\n\
+             Content-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        stream.write_all(request.as_bytes()).map_err(failed())?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).map_err(failed())?;
+        let answer = String::from_utf8_lossy(&answer);
+        if answer.starts_with("HTTP/1.1 2") {
+            Ok(())
+        } else {
+            Err(Failure::new(format!("the daemon refused {path}: {answer}")))
+        }
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        // What cannot be ended is told, so that a person can; there is nobody to return it to.
+        if let Err(failure) = self.succeed(&["daemon", "stop", "--vms"]) {
+            eprintln!("{failure}");
+        }
+        if !self.kept
+            && let Err(error) = std::fs::remove_dir_all(&self.folder)
+        {
+            eprintln!("error: cannot remove `{}`: {error}", self.folder.display());
+        }
+    }
+}
+
+/// Makes what is missing in the store. Returns the folder that holds `images` and `kernels`.
+fn fill_store(dist: &Path, images: Images) -> Result<PathBuf> {
+    let store = Home::at(dist, target().join(STORE), true)?;
+    run(&mut store.banger(&["kernel", "import"]))?;
+    run(&mut store.banger(&["image", "build", "--tiny"]))?;
+    if images == Images::TinyAndDefault {
+        run(&mut store.banger(&["image", "build"]))?;
+    }
+    Ok(store.data())
+}
+
+/// Runs a command that must succeed, and gives what it said.
+pub(super) fn succeed(command: &mut Command) -> Result<Captured> {
+    let captured = capture(command)?;
+    if captured.success {
+        Ok(captured)
+    } else {
+        Err(Failure::new(format!(
+            "`{}` failed: {}",
+            crate::command::line(command),
+            captured.stderr.trim()
+        )))
+    }
+}
+
+/// How long the command takes, in seconds, from before it is started until its end was seen. It must succeed.
+pub(super) fn seconds_of(command: &mut Command) -> Result<f64> {
+    let start = Instant::now();
+    succeed(command)?;
+    Ok(start.elapsed().as_secs_f64())
+}
