@@ -464,6 +464,7 @@ async fn build(
         .ok()
         .filter(|image| image.name.as_ref() == Some(&name))
         .cloned();
+    let current_id = current.as_ref().map(|image| image.manifest.id.to_string());
     let cache = world.paths.cache.clone();
     let parent = world.paths.images();
     let built =
@@ -527,7 +528,7 @@ async fn build(
             })
         }
         Ok(Ok(None)) => Ok(Made {
-            subject: String::new(),
+            subject: current_id.unwrap_or_default(),
             unchanged: true,
         }),
         Ok(Err(error)) => Err(build_error(&error)),
