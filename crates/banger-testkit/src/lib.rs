@@ -1,3 +1,6 @@
 //! Small real programs and helpers that tests of several crates share.
 
+pub mod env;
+pub mod host;
+pub mod run;
 pub mod skip;

@@ -16,6 +16,7 @@
 //! | `disk_full_after_ms` | stop as QEMU does on a full disk |
 //! | `flood_console_bytes` | so many bytes on the console |
 //! | `flood_agent_lines` | so many lines of rubbish from the agent |
+//! | `count_every_ms` | numbered lines on the console, one in so many milliseconds |
 //! | `ready_after_ms` | the agent takes its time |
 
 use banger_guest::agent_protocol::{FromGuest, GuestEnd, GuestStage, ToGuest};
@@ -245,6 +246,9 @@ impl Machine {
                 });
             }
         }
+        if let Some(every) = self.number("count_every_ms") {
+            self.count(Duration::from_millis(every));
+        }
         if let Some(bytes) = self.number("flood_console_bytes") {
             let machine = Arc::clone(self);
             thread::spawn(move || {
@@ -255,6 +259,16 @@ impl Machine {
                 machine.print("the flood is over");
             });
         }
+    }
+
+    fn count(self: &Arc<Self>, every: Duration) {
+        let machine = Arc::clone(self);
+        thread::spawn(move || {
+            for number in 1_u64.. {
+                machine.print(&format!("line {number}"));
+                thread::sleep(every);
+            }
+        });
     }
 
     fn serve_qmp(self: &Arc<Self>, listener: &UnixListener) {
