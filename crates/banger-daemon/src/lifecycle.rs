@@ -99,7 +99,8 @@ async fn run() -> Result<(), ErrorBody> {
     ] {
         make_folder(folder).map_err(|error| unfit("make", folder, &error))?;
     }
-    let _lock = take_lock(&paths)?;
+    // Never let go of: it is free when the process is gone, which is what those who wait for it wait for.
+    std::mem::forget(take_lock(&paths)?);
     let log = BoundedLog::open(&paths.daemon_log())
         .map_err(|error| unfit("open", &paths.daemon_log(), &error))?;
     log::init(log);
@@ -329,14 +330,22 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
         build: build_id(&exe).map_err(|error| internal(&error))?,
         started_at: Timestamp::now(),
         notices,
+        draining: false.into(),
         shutdown: watch::Sender::new(false),
     });
     let registry = Arc::new(Registry::default());
+    let mut recovered = Vec::new();
     for record in readdress(&world, rows.vms).await? {
         world
             .images
             .pin_known(record.spec.image, record.spec.kernel, record.id);
-        registry.add(actor::spawn(Arc::clone(&world), record, Found::Unknown));
+        let (handle, looked) = actor::spawn(Arc::clone(&world), record, Found::Unknown);
+        registry.add(handle);
+        recovered.push(looked);
+    }
+    // Nobody may ask before it is known what lives.
+    for looked in recovered {
+        let _ = looked.await;
     }
     remove_foreign_ports(&world, &registry).await;
     Ok(App { world, registry })

@@ -226,10 +226,24 @@ impl Store {
         self.run(move |thread| thread.journal_of(vm)).await
     }
 
-    /// Waits until all that was asked before is done.
+    /// Waits until all that was asked before is done, and moves it from the log into the database's own file, so that
+    /// the file alone is whole while no daemon runs.
     pub(crate) async fn settle(&self) {
-        // A closed thread has nothing left to do.
-        let _ = self.run(|_| Ok(())).await;
+        let moved = self.run(|thread| {
+            let sql = "PRAGMA wal_checkpoint(TRUNCATE)";
+            thread
+                .durable
+                .query_row(sql, [], |_| Ok(()))
+                .map_err(|source| StoreError::Sql {
+                    path: thread.path.clone(),
+                    action: "closed",
+                    source,
+                })
+        });
+        if let Err(error) = moved.await {
+            // The log still has it.
+            tracing::warn!(%error, "the database keeps its log");
+        }
     }
 }
 
