@@ -66,6 +66,7 @@ pub(crate) fn readable_path(path: &Path) -> Result<String, Failure> {
             format!("cannot read `{}`", path.display()),
         )
         .caused_by(&error)
+        .hint("name a file that is there and that you may read")
     })?;
     let absolute = std::path::absolute(path).map_err(|error| {
         Failure::new(
