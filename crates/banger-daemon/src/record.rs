@@ -31,6 +31,9 @@ pub(crate) struct VmRecord {
     pub(crate) image_digest: String,
     pub(crate) storage_reason: String,
     pub(crate) last_stop: StopReason,
+    /// The run whose end `last_stop` tells.
+    #[serde(default)]
+    pub(crate) last_attempt: Option<String>,
     /// It has been started at least once: its files hold data, and a missing one is an error.
     pub(crate) started_once: bool,
     pub(crate) boot: Option<BootTimes>,

@@ -76,11 +76,16 @@ impl Registry {
         state.handles.insert(handle.id, handle);
     }
 
-    /// Forgets a VM that was purged.
-    pub(crate) fn forget(&self, id: VmId) {
+    /// Forgets all VMs that were purged.
+    pub(crate) fn forget_purged(&self) {
         let mut state = self.state();
-        state.handles.remove(&id);
-        state.created.retain(|_, created| *created != id);
+        let state = &mut *state;
+        state
+            .handles
+            .retain(|_, handle| !handle.view.borrow().purged);
+        state
+            .created
+            .retain(|_, created| state.handles.contains_key(created));
     }
 
     /// All VMs that are there; those in the trash or those outside it.
@@ -229,7 +234,7 @@ impl Registry {
             format!("created as `{}`", record.name),
             None,
         );
-        let handle = actor::spawn(Arc::clone(world), record, Found::Stopped);
+        let (handle, _) = actor::spawn(Arc::clone(world), record, Found::Stopped);
         self.add(handle.clone());
         drop(reservation);
         world.hub.publish(EventKind::VmChanged {
@@ -341,6 +346,7 @@ impl Draft {
             image_digest: self.image_digest,
             storage_reason: self.storage_reason,
             last_stop: StopReason::NeverStarted,
+            last_attempt: None,
             started_once: false,
             boot: None,
             created_at: Timestamp::now(),

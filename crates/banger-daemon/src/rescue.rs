@@ -111,6 +111,24 @@ async fn reconcile_vms(
             }
         }
     }
+    for record in records.values().filter(|record| !record.purging) {
+        let folder = paths.vm(record.id);
+        if folder.exists() {
+            continue;
+        }
+        notices.push(format!("the folder of VM `{}` is gone", record.name));
+        if !record.started_once {
+            // It held no data yet: its next start makes what is missing.
+            let made =
+                crate::vm::files::make_folder(&folder).and_then(|()| record.mirror(&folder, None));
+            if let Err(error) = made {
+                notices.push(format!(
+                    "the folder of VM `{}` could not be made again: {error}",
+                    record.name
+                ));
+            }
+        }
+    }
     rescue_vms(store, rescued, &mut records, notices).await?;
     let mut records: Vec<VmRecord> = records.into_values().collect();
     records.sort_by_key(|record| record.id);

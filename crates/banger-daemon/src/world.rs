@@ -13,6 +13,7 @@ use banger_api::paths::Paths;
 use jiff::Timestamp;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use tokio::sync::watch;
 
 /// The programs that belong to banger.
@@ -45,6 +46,8 @@ pub(crate) struct World {
     pub(crate) started_at: Timestamp,
     /// What was found and mended at start-up.
     pub(crate) notices: Vec<String>,
+    /// All VMs are being stopped: none may start.
+    pub(crate) draining: AtomicBool,
     /// Set once the daemon goes down.
     pub(crate) shutdown: watch::Sender<bool>,
 }

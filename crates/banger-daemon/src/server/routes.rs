@@ -16,6 +16,7 @@ use banger_api::vm::{
 };
 use banger_core::decide::Request;
 use banger_core::phase::Phase;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -133,6 +134,8 @@ async fn daemon(call: Call<Nothing>) -> Result<DaemonStatus, ErrorBody> {
 
 async fn stop_daemon(call: Call<StopDaemon>) -> Result<Nothing, ErrorBody> {
     if call.request.vms {
+        // A VM that started now would be missed.
+        call.app.world.draining.store(true, Ordering::Relaxed);
         let live = call
             .app
             .registry
@@ -185,7 +188,7 @@ async fn list_vms(call: Call<ListVms>) -> Result<Vec<Vm>, ErrorBody> {
 }
 
 fn going_down<T>(call: &Call<T>) -> Result<(), ErrorBody> {
-    if *call.app.world.shutdown.borrow() {
+    if *call.app.world.shutdown.borrow() || call.app.world.draining.load(Ordering::Relaxed) {
         return Err(
             ErrorBody::new(ErrorCode::ShuttingDown, "the daemon is going down")
                 .hint("repeat the command"),
@@ -229,6 +232,9 @@ async fn simple(call: Call<Nothing>, request: Request) -> Result<Vm, ErrorBody> 
 }
 
 async fn stop(call: Call<StopVm>, request: Request) -> Result<Vm, ErrorBody> {
+    if request == Request::Restart {
+        going_down(&call)?;
+    }
     let timeout = call
         .request
         .timeout_ms
@@ -270,10 +276,8 @@ async fn delete_vm(call: Call<DeleteVm>) -> Result<Vm, ErrorBody> {
         ..Ask::new(Request::Delete { force })
     };
     let deleted = ask(&call, request).await;
-    if let Ok(vm) = &deleted
-        && purge
-    {
-        call.app.registry.forget(vm.id);
+    if purge {
+        call.app.registry.forget_purged();
     }
     deleted
 }
@@ -289,8 +293,8 @@ async fn wait(call: Call<WaitVm>) -> Result<Vm, ErrorBody> {
     let mut view = handle.view.clone();
     let from = after.unwrap_or_else(|| view.borrow().revision);
     let reached = |view: &crate::vm::View| {
-        view.purged
-            || match condition {
+        !view.purged
+            && match condition {
                 WaitFor::Ready => matches!(view.phase, Phase::Running { ready: true, .. }),
                 WaitFor::Running => {
                     matches!(view.phase, Phase::Running { .. } | Phase::Paused { .. })
@@ -301,8 +305,9 @@ async fn wait(call: Call<WaitVm>) -> Result<Vm, ErrorBody> {
     };
     // A VM that is stopped does not become ready by itself.
     let hopeless = |view: &crate::vm::View| {
-        matches!(condition, WaitFor::Ready | WaitFor::Running)
-            && matches!(view.phase, Phase::Stopped { .. })
+        view.purged
+            || matches!(condition, WaitFor::Ready | WaitFor::Running)
+                && matches!(view.phase, Phase::Stopped { .. })
     };
     let name = view.borrow().record.name.clone();
     let waited =

@@ -69,12 +69,20 @@ impl StoreError {
 
     /// Whether the file is no database that can be used, so that it is to be made again from the folders.
     fn is_damage(&self) -> bool {
-        match self {
-            Self::Sql { source, .. } => matches!(
+        use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+        let damaged = |source: &rusqlite::Error| {
+            matches!(
                 source.sqlite_error_code(),
-                Some(rusqlite::ErrorCode::NotADatabase | rusqlite::ErrorCode::DatabaseCorrupt)
-            ),
-            Self::Migrate { .. } | Self::Row { .. } => true,
+                Some(NotADatabase | DatabaseCorrupt)
+            )
+        };
+        match self {
+            Self::Sql { source, .. } => damaged(source),
+            Self::Migrate { source, .. } => match &**source {
+                rusqlite_migration::Error::RusqliteError { err, .. } => damaged(err),
+                _ => false,
+            },
+            Self::Row { .. } => true,
             Self::Newer { .. } | Self::Aside { .. } | Self::NameTaken(_) | Self::Closed => false,
         }
     }
@@ -257,8 +265,10 @@ fn move_aside(path: &Path) -> Result<PathBuf, StoreError> {
     };
     let aside = with_suffix(&format!(".damaged-{stamp}"));
     for companion in ["-wal", "-shm"] {
-        // A companion belongs to the damaged file and must not be applied to the new one.
-        let _ = std::fs::remove_file(with_suffix(companion));
+        // A companion belongs to the damaged file and must not be applied to the new one; there may be none.
+        let mut beside = aside.clone().into_os_string();
+        beside.push(companion);
+        let _ = std::fs::rename(with_suffix(companion), beside);
     }
     std::fs::rename(path, &aside).map_err(|source| StoreError::Aside {
         path: path.to_owned(),

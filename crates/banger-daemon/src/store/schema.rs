@@ -70,12 +70,13 @@ impl Thread {
                 known: SCHEMA_VERSION,
                 source: Box::new(source),
             })?;
+        // It waits for no disk, so it must never be the one to move the log into the database.
         let journal = Connection::open(path).map_err(sql("opened"))?;
         journal
             .busy_timeout(Duration::from_secs(5))
             .map_err(sql("opened"))?;
         journal
-            .execute_batch("PRAGMA synchronous = OFF; PRAGMA cache_size = -128;")
+            .execute_batch("PRAGMA synchronous = OFF; PRAGMA wal_autocheckpoint = 0; PRAGMA cache_size = -128;")
             .map_err(sql("opened"))?;
         let thread = Self {
             path: path.to_owned(),

@@ -4,7 +4,7 @@ use super::files::VmFiles;
 use super::link::{Commander, Link, LinkEvent};
 use super::start::{StartError, StartPlan, Started, reap, unwind};
 use super::stop::{Intent, reason};
-use super::teardown::{end_processes, remove_objects, sync_disks};
+use super::teardown::{clear_run, end_processes, release_port, sync_disks};
 use super::{Answer, Ask, AttemptFile, Handle, INBOX, Message, View};
 use crate::convert;
 use crate::crash::{Side, point};
@@ -30,6 +30,8 @@ use tokio_util::sync::CancellationToken;
 
 /// How long a VMM may take to follow SIGTERM.
 const TERM_GRACE: Duration = Duration::from_secs(3);
+/// How often an unreachable VM is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// How long a VMM that said that it ends may take to be gone.
 const EXIT_GRACE: Duration = Duration::from_secs(5);
 
@@ -81,6 +83,21 @@ struct Live {
     lock_free: Option<oneshot::Receiver<()>>,
 }
 
+impl Live {
+    /// A VM whose lock is held while its shim does not answer.
+    fn unreachable(attempt: AttemptFile) -> Self {
+        Self {
+            attempt,
+            link: None,
+            commander: None,
+            shim: None,
+            status: None,
+            stopping: None,
+            lock_free: None,
+        }
+    }
+}
+
 struct Stopping {
     deadline: Timestamp,
     waiters: Vec<Reply>,
@@ -105,6 +122,8 @@ enum Incoming {
     Link(LinkEvent),
     Deadline,
     LockFree,
+    /// Time to see whether an unreachable VM's shim answers.
+    LookAgain,
 }
 
 async fn next(run: &mut Run, inbox: &mut mpsc::Receiver<Message>) -> Incoming {
@@ -126,6 +145,7 @@ async fn next(run: &mut Run, inbox: &mut mpsc::Receiver<Message>) -> Incoming {
             event = next_event(&mut live.link) => Incoming::Link(event),
             () = until(live.stopping.as_ref().map(|stopping| stopping.deadline)) => Incoming::Deadline,
             () = freed(&mut live.lock_free) => Incoming::LockFree,
+            () = tokio::time::sleep(LOOK_AGAIN), if live.link.is_none() => Incoming::LookAgain,
             incoming = message => incoming,
         },
     }
@@ -164,7 +184,13 @@ pub(crate) enum Found {
 }
 
 /// Starts the actor of a VM.
-pub(crate) fn spawn(world: Arc<World>, record: VmRecord, found: Found) -> Handle {
+///
+/// The receiver resolves once the actor has looked at what an earlier daemon left.
+pub(crate) fn spawn(
+    world: Arc<World>,
+    record: VmRecord,
+    found: Found,
+) -> (Handle, oneshot::Receiver<()>) {
     let id = record.id;
     let record = Arc::new(record);
     let phase = Phase::Stopped {
@@ -189,12 +215,14 @@ pub(crate) fn spawn(world: Arc<World>, record: VmRecord, found: Found) -> Handle
         run: Run::Idle,
         view,
     };
-    tokio::spawn(actor.live(inbox, found));
-    Handle {
+    let (looked, recovered) = oneshot::channel();
+    tokio::spawn(actor.live(inbox, found, looked));
+    let handle = Handle {
         id,
         inbox: sender,
         view: receiver,
-    }
+    };
+    (handle, recovered)
 }
 
 struct Actor {
@@ -206,11 +234,18 @@ struct Actor {
 }
 
 impl Actor {
-    async fn live(mut self, mut inbox: mpsc::Receiver<Message>, found: Found) {
+    async fn live(
+        mut self,
+        mut inbox: mpsc::Receiver<Message>,
+        found: Found,
+        looked: oneshot::Sender<()>,
+    ) {
         match found {
             Found::Stopped => {}
             Found::Unknown => self.recover().await,
         }
+        // Nobody may be waiting for it.
+        let _ = looked.send(());
         if self.record.purging {
             // An earlier daemon began it and its promise stands.
             if let Err(error) = self.purge().await {
@@ -225,6 +260,7 @@ impl Actor {
                 Incoming::Link(event) => self.link_event(event).await,
                 Incoming::Deadline => self.escalate().await,
                 Incoming::LockFree => self.ended(None, Intent::None).await,
+                Incoming::LookAgain => self.look_again().await,
                 Incoming::Closed => return,
             }
         }
@@ -321,8 +357,12 @@ impl Actor {
             Decision::Join => {
                 if let Run::Starting(starting) = &mut self.run {
                     starting.starters.push(reply);
-                } else if let Some(stopping) = self.run.stopping() {
-                    stopping.waiters.push(reply);
+                } else if self.run.stopping().is_some() {
+                    // The latest wish is that it stops and stays so.
+                    self.forget_restart().await;
+                    if let Some(stopping) = self.run.stopping() {
+                        stopping.waiters.push(reply);
+                    }
                 } else {
                     self.answer(reply);
                 }
@@ -355,9 +395,14 @@ impl Actor {
             Action::CancelStart => self.cancel_start(reply, None),
             Action::Kill => {
                 self.kill(Intent::Kill).await;
-                self.answer(reply);
+                let answer = match self.run {
+                    Run::Live(_) => Err(self.undead()),
+                    Run::Idle | Run::Starting(_) => Ok(self.view.borrow().clone()),
+                };
+                answer_to(reply, answer);
             }
             Action::Escalate => {
+                self.forget_restart().await;
                 if let Some(stopping) = self.run.stopping() {
                     stopping.waiters.push(reply);
                 }
@@ -398,12 +443,11 @@ impl Actor {
                     self.cancel_start(reply, Some(ask));
                     return;
                 }
+                self.forget_restart().await;
                 self.kill(Intent::Kill).await;
                 let answer = match self.run {
                     Run::Idle => self.trash(ask.purge).await,
-                    Run::Starting(_) | Run::Live(_) => {
-                        Err(self.denied(Deny::Unreachable, Request::Kill))
-                    }
+                    Run::Starting(_) | Run::Live(_) => Err(self.undead()),
                 };
                 answer_to(reply, answer.map(|()| self.view.borrow().clone()));
             }
@@ -487,7 +531,11 @@ impl Actor {
             Run::Starting(starting) => {
                 starting.cancel.cancel();
                 starting.cancellers.push(reply);
-                starting.then = then.or(starting.then.take());
+                // Of two requests to delete it, the one that purges counts.
+                let purges = starting.then.as_ref().is_some_and(|earlier| earlier.purge);
+                if !purges {
+                    starting.then = then.or(starting.then.take());
+                }
             }
             Run::Idle | Run::Live(_) => self.answer(reply),
         }
@@ -538,7 +586,7 @@ impl Actor {
                 error,
                 cancelled,
             }) => {
-                let problems = unwind(&self.world, &self.record).await;
+                let unwound = unwind(&self.world, &self.record).await;
                 let why = if cancelled {
                     StopReason::StartCancelled
                 } else {
@@ -548,9 +596,27 @@ impl Actor {
                         .collect();
                     StopReason::StartFailed { step, error: text }
                 };
-                self.stopped(why, cancelled).await;
                 let mut error = error;
-                error.causes.extend(problems);
+                match unwound {
+                    Ok(problems) => {
+                        error.causes.extend(problems);
+                        self.stopped(why, cancelled, None).await;
+                        self.clear_run("unwind").await;
+                    }
+                    Err(alive) => {
+                        error.causes.push(banger_host::error_chain(&alive));
+                        self.note(
+                            "start",
+                            format!("failed: {why}, and a process of it is alive"),
+                            None,
+                        );
+                        self.run = Run::Live(Box::new(Live::unreachable(AttemptFile::unknown(
+                            &self.world,
+                            &self.record,
+                        ))));
+                        self.unreachable();
+                    }
+                }
                 if error.code == ErrorCode::Internal {
                     error.code = ErrorCode::StartFailed;
                 }
@@ -566,12 +632,15 @@ impl Actor {
         if !cancellers.is_empty() {
             self.change_anyway(|record| record.desired = Desired::Off)
                 .await;
-            let trashed = match &then {
-                Some(ask) => self.trash(ask.purge).await,
-                None => Ok(()),
+            let done = match (&self.run, &then) {
+                (Run::Idle, Some(ask)) => self.trash(ask.purge).await,
+                (Run::Idle, None) => Ok(()),
+                (Run::Starting(_) | Run::Live(_), _) => {
+                    Err(self.denied(Deny::Unreachable, Request::Kill))
+                }
             };
             self.publish(|_| {});
-            reply_all(cancellers, &trashed.map(|()| self.view.borrow().clone()));
+            reply_all(cancellers, &done.map(|()| self.view.borrow().clone()));
         }
     }
 
@@ -666,7 +735,9 @@ impl Actor {
             wait_free(&path, Instant::now() + Duration::from_millis(500))
         });
         match free.await {
-            Ok(Err(LockError::Held(_))) => {
+            Ok(Ok(_)) => self.ended(None, Intent::None).await,
+            // Only a free lock means dead.
+            Ok(Err(_)) | Err(_) => {
                 self.note(
                     "recover",
                     "the shim does not answer, but the VM's lock is held",
@@ -674,7 +745,6 @@ impl Actor {
                 );
                 self.unreachable();
             }
-            Ok(Ok(_) | Err(LockError::Io { .. })) | Err(_) => self.ended(None, Intent::None).await,
         }
     }
 
@@ -689,10 +759,8 @@ impl Actor {
         let path = self.files.lock();
         std::thread::spawn(move || {
             while !sender.is_closed() {
-                if !matches!(
-                    wait_free(&path, Instant::now() + Duration::from_secs(3600)),
-                    Err(LockError::Held(_))
-                ) {
+                // Short, so that the thread ends soon after nobody waits for it any more.
+                if wait_free(&path, Instant::now() + LOOK_AGAIN).is_ok() {
                     break;
                 }
             }
@@ -790,32 +858,36 @@ impl Actor {
             } else {
                 end_processes(&path, grace)
             };
-            if let Some(shim) = &mut shim {
+            if let (Some(shim), Ok(_)) = (&mut shim, &freed) {
                 // It is dead or dying: its lock is free.
                 let _ = shim.wait();
             }
-            freed
+            (freed, shim)
         })
         .await;
         point("stop", "end-processes", Side::After);
-        match freed {
-            Ok(Ok(lock)) => drop(lock),
-            Ok(Err(LockError::Held(_))) => {
+        // Held until all is cleaned up; only then may the next start begin.
+        let lock = match freed {
+            Ok((Ok(lock), _)) => lock,
+            Ok((Err(error), shim)) => {
+                let why = banger_host::error_chain(&error);
                 self.note(
                     "stop",
-                    "a process of the VM does not die",
+                    format!("a process of the VM does not die: {why}"),
                     Some(begun.elapsed()),
                 );
+                if let Run::Live(live) = &mut self.run {
+                    live.shim = shim;
+                }
                 self.unreachable();
                 return;
             }
-            Ok(Err(error)) => {
-                tracing::error!(vm = %self.record.id, %error, "the lock cannot be tried")
-            }
             Err(error) => {
-                tracing::error!(vm = %self.record.id, %error, "ending the VM's processes panicked")
+                tracing::error!(vm = %self.record.id, %error, "ending the VM's processes panicked");
+                self.unreachable();
+                return;
             }
-        }
+        };
         let Run::Live(live) = std::mem::replace(&mut self.run, Run::Idle) else {
             return;
         };
@@ -825,11 +897,11 @@ impl Actor {
                 .flatten()
                 .filter(|exit| exit.attempt == attempt)
         });
+        let asked = live.stopping.is_some();
         let (waiters, then_start) = match live.stopping {
             Some(stopping) => (stopping.waiters, stopping.then_start),
             None => (Vec::new(), Vec::new()),
         };
-        let asked = !waiters.is_empty() || !then_start.is_empty();
         let intent = match intent {
             Intent::None if asked => Intent::Stop { forced: false },
             other => other,
@@ -838,7 +910,7 @@ impl Actor {
         point("stop", "sync", Side::Before);
         sync_disks(&self.files).await;
         point("stop", "sync", Side::After);
-        remove_objects(&self.world, self.record.id, "stop").await;
+        release_port(&self.world, self.record.id, "stop").await;
         let off = match &why {
             StopReason::Asked | StopReason::AskedThenForced | StopReason::Killed => {
                 then_start.is_empty()
@@ -853,15 +925,22 @@ impl Actor {
             | StopReason::HostRebooted
             | StopReason::Unknown => false,
         };
-        self.stopped(why, off).await;
+        self.stopped(why, off, Some(attempt)).await;
+        // Last: until the reason is recorded, it is what a crash would leave to tell it.
+        self.clear_run("stop").await;
+        drop(lock);
         reply_all(waiters, &Ok(self.view.borrow().clone()));
         if !then_start.is_empty() {
             self.start(then_start).await;
         }
     }
 
-    /// Records that the VM is stopped, and why.
-    async fn stopped(&mut self, why: StopReason, off: bool) {
+    async fn clear_run(&mut self, verb: &'static str) {
+        clear_run(&self.world, self.record.id, verb).await;
+    }
+
+    /// Records that the VM is stopped, and why; `attempt` is the run that ended.
+    async fn stopped(&mut self, why: StopReason, off: bool, attempt: Option<String>) {
         let boot = self.view.borrow().boot.clone();
         let ran = !matches!(
             why,
@@ -870,6 +949,7 @@ impl Actor {
         point("stop", "record", Side::Before);
         self.change_anyway(|record| {
             record.last_stop = why.clone();
+            record.last_attempt = attempt.clone().or(record.last_attempt.take());
             record.started_once |= ran;
             record.boot = boot.clone().or(record.boot.take());
             if off {
@@ -928,6 +1008,17 @@ impl Actor {
 
     /// Removes record and files for ever: first the promise, then the files, then the row.
     async fn purge(&mut self) -> Result<(), ErrorBody> {
+        // Held to the end: nothing starts on these disks, and nothing that lives loses them.
+        let _lock = match (&self.run, try_lock(&self.files.lock())) {
+            (Run::Starting(_) | Run::Live(_), _) | (_, Err(LockError::Held(_))) => {
+                return Err(self.denied(Deny::Unreachable, Request::Delete { force: true }));
+            }
+            (Run::Idle, Ok(lock)) => Some(lock),
+            (Run::Idle, Err(LockError::Io { .. })) if !self.files.folder.exists() => None,
+            (Run::Idle, Err(LockError::Io { path, source })) => {
+                return Err(super::files::io_error("lock", &path, &source));
+            }
+        };
         point("delete", "promise", Side::Before);
         if !self.record.purging {
             self.change(|record| {
@@ -935,9 +1026,11 @@ impl Actor {
                 record.trashed_at.get_or_insert_with(Timestamp::now);
             })
             .await?;
+            self.publish(|_| {});
         }
         point("delete", "promise", Side::After);
-        remove_objects(&self.world, self.record.id, "delete").await;
+        release_port(&self.world, self.record.id, "delete").await;
+        self.clear_run("delete").await;
         point("delete", "unlink", Side::Before);
         let folder = self.files.folder.clone();
         let removed = tokio::task::spawn_blocking(move || remove_folder(&folder)).await;
@@ -961,6 +1054,36 @@ impl Actor {
         Ok(())
     }
 
+    /// A stop or kill came while a restart was stopping the VM: it is not to start again.
+    async fn forget_restart(&mut self) {
+        let Some(stopping) = self.run.stopping() else {
+            return;
+        };
+        let starters = std::mem::take(&mut stopping.then_start);
+        if starters.is_empty() {
+            return;
+        }
+        let name = &self.record.name;
+        let error = ErrorBody::new(
+            ErrorCode::Cancelled,
+            format!("the restart of `{name}` was cancelled by a stop"),
+        );
+        reply_all(starters, &Err(error));
+        self.change_anyway(|record| record.desired = Desired::Off)
+            .await;
+    }
+
+    fn undead(&self) -> ErrorBody {
+        let name = &self.record.name;
+        ErrorBody::new(
+            ErrorCode::Unreachable,
+            format!("a process of `{name}` does not die"),
+        )
+        .hint(format!(
+            "it may wait for a disk of the host; `banger vm why {name}` tells more"
+        ))
+    }
+
     fn denied(&self, deny: Deny, request: Request) -> ErrorBody {
         convert::denied(&self.record.name, deny, request)
     }
@@ -976,80 +1099,82 @@ impl Actor {
         }
         let tried = tokio::task::spawn_blocking(move || try_lock(&path)).await;
         match tried {
-            Ok(Err(LockError::Held(_))) => self.recover_live(attempt).await,
-            Ok(lock) => {
+            Ok(Ok(lock)) => {
                 self.recover_dead(attempt).await;
                 drop(lock);
             }
-            Err(error) => tracing::error!(vm = %self.record.id, %error, "the lock cannot be tried"),
+            Ok(Err(error)) => self.recover_live(attempt, &error).await,
+            Err(error) => tracing::error!(vm = %self.record.id, %error, "trying the lock panicked"),
         }
     }
 
-    async fn recover_live(&mut self, attempt: Option<AttemptFile>) {
-        let attempt = attempt.unwrap_or_else(|| AttemptFile {
-            attempt: String::new(),
-            boot_id: self.world.boot_id.clone(),
-            driver: banger_core::spec::Driver::Qemu,
-            accelerator: String::new(),
-            reason: "found running".to_owned(),
-            generation: self.record.generation,
-            started_at: Timestamp::now(),
-            lead_ms: 0,
-        });
+    /// Only a free lock means dead: whatever else came of trying it, the VM is taken to live.
+    async fn recover_live(&mut self, attempt: Option<AttemptFile>, held: &LockError) {
+        let attempt = attempt.unwrap_or_else(|| AttemptFile::unknown(&self.world, &self.record));
         match Link::connect(&self.files.shim_socket()).await {
-            Ok((link, status)) => {
-                self.note("recover", "found running and taken over", None);
-                self.adopt(attempt, link, status, None);
-                if self.record.desired == Desired::Off {
-                    self.note("recover", "it was to stop: asking again", None);
-                    self.stop(Ask::STOP_TIMEOUT, Vec::new(), Vec::new()).await;
-                }
-            }
+            Ok((link, status)) => self.take_over(attempt, link, status).await,
             Err(error) => {
+                let why = banger_host::error_chain(held);
                 self.note(
                     "recover",
-                    format!("its lock is held, but its shim does not answer: {error}"),
+                    format!("{why}, but its shim does not answer: {error}"),
                     None,
                 );
-                self.run = Run::Live(Box::new(Live {
-                    attempt,
-                    link: None,
-                    commander: None,
-                    shim: None,
-                    status: None,
-                    stopping: None,
-                    lock_free: None,
-                }));
+                self.run = Run::Live(Box::new(Live::unreachable(attempt)));
                 self.unreachable();
             }
         }
     }
 
+    async fn take_over(&mut self, attempt: AttemptFile, link: Link, status: Status) {
+        self.note("recover", "found running and taken over", None);
+        self.adopt(attempt, link, status, None);
+        if !self.record.started_once {
+            self.change_anyway(|record| record.started_once = true)
+                .await;
+        }
+        if self.record.desired == Desired::Off {
+            self.note("recover", "it was to stop: asking again", None);
+            self.stop(Ask::STOP_TIMEOUT, Vec::new(), Vec::new()).await;
+        }
+    }
+
+    /// An unreachable VM's shim may answer after all.
+    async fn look_again(&mut self) {
+        let Run::Live(live) = &self.run else { return };
+        let attempt = live.attempt.clone();
+        if let Ok((link, status)) = Link::connect(&self.files.shim_socket()).await {
+            self.take_over(attempt, link, status).await;
+        }
+    }
+
     async fn recover_dead(&mut self, attempt: Option<AttemptFile>) {
-        let Some(attempt) = attempt else {
-            remove_objects(&self.world, self.record.id, "recover").await;
-            return;
-        };
-        let exit = exit::read(&self.files.exit())
-            .ok()
-            .flatten()
-            .filter(|exit| exit.attempt == attempt.attempt);
-        let why = match &exit {
-            Some(_) => {
-                let intent = match self.record.desired {
-                    Desired::Off => Intent::Stop { forced: false },
-                    Desired::On => Intent::None,
-                };
-                reason(intent, exit.as_ref())
-            }
-            None if attempt.boot_id != self.world.boot_id => StopReason::HostRebooted,
-            None => StopReason::Unknown,
-        };
-        sync_disks(&self.files).await;
-        remove_objects(&self.world, self.record.id, "recover").await;
-        let off = why == StopReason::GuestPoweroff;
-        self.note("recover", format!("found stopped: {why}"), None);
-        self.stopped(why, off).await;
+        let known = attempt
+            .as_ref()
+            .is_none_or(|attempt| self.record.last_attempt.as_ref() == Some(&attempt.attempt));
+        if let (Some(attempt), false) = (attempt, known) {
+            let exit = exit::read(&self.files.exit())
+                .ok()
+                .flatten()
+                .filter(|exit| exit.attempt == attempt.attempt);
+            let intent = match self.record.desired {
+                Desired::Off => Intent::Stop { forced: false },
+                Desired::On => Intent::None,
+            };
+            let why = match &exit {
+                Some(_) => reason(intent, exit.as_ref()),
+                None if attempt.boot_id != self.world.boot_id => StopReason::HostRebooted,
+                None => StopReason::Unknown,
+            };
+            sync_disks(&self.files).await;
+            release_port(&self.world, self.record.id, "recover").await;
+            let off = why == StopReason::GuestPoweroff;
+            self.note("recover", format!("found stopped: {why}"), None);
+            self.stopped(why, off, Some(attempt.attempt)).await;
+        } else {
+            release_port(&self.world, self.record.id, "recover").await;
+        }
+        self.clear_run("recover").await;
     }
 }
 

@@ -16,6 +16,7 @@ pub(crate) mod teardown;
 pub(crate) use start::network_error as start_network_error;
 
 use crate::record::VmRecord;
+use crate::world::World;
 use banger_api::error::ErrorBody;
 use banger_api::vm::{Attempt, BootTimes};
 use banger_core::decide::Request;
@@ -125,6 +126,20 @@ pub(crate) struct AttemptFile {
 }
 
 impl AttemptFile {
+    /// Stands for the attempt of a VM that lives although its file is gone.
+    fn unknown(world: &World, record: &VmRecord) -> Self {
+        Self {
+            attempt: String::new(),
+            boot_id: world.boot_id.clone(),
+            driver: Driver::Qemu,
+            accelerator: String::new(),
+            reason: "found running".to_owned(),
+            generation: record.generation,
+            started_at: Timestamp::now(),
+            lead_ms: 0,
+        }
+    }
+
     fn to_api(&self) -> Attempt {
         Attempt {
             driver: self.driver,

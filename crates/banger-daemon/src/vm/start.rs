@@ -594,17 +594,19 @@ pub(crate) fn network_error(error: &NetworkError) -> ErrorBody {
     }
 }
 
-/// After a failed start: nothing of it is left.
-pub(super) async fn unwind(world: &World, record: &VmRecord) -> Vec<String> {
+/// After a failed start: no process and no port of it is left. The attempt's folder stays until the reason is recorded.
+///
+/// # Errors
+/// A process of the VM does not die.
+pub(super) async fn unwind(world: &World, record: &VmRecord) -> Result<Vec<String>, LockError> {
     let lock = VmFiles::of(&world.paths, record.id).lock();
+    let path = lock.clone();
     let ended = tokio::task::spawn_blocking(move || {
-        teardown::end_processes(&lock, std::time::Duration::ZERO)
+        teardown::end_processes(&path, std::time::Duration::ZERO)
     });
-    let mut problems = match ended.await {
-        Ok(Ok(_)) => Vec::new(),
-        Ok(Err(error)) => vec![banger_host::error_chain(&error)],
-        Err(error) => vec![error.to_string()],
-    };
-    problems.extend(teardown::remove_objects(world, record.id, "unwind").await);
-    problems
+    let _lock = ended.await.unwrap_or_else(|_| Err(LockError::Held(lock)))?;
+    Ok(teardown::release_port(world, record.id, "unwind")
+        .await
+        .into_iter()
+        .collect())
 }

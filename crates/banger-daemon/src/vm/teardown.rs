@@ -48,26 +48,31 @@ fn signal_all(lock: &Path, signal: Signal) {
     }
 }
 
-/// Removes what a dead VM left on the host. Answers what could not be removed.
-pub(crate) async fn remove_objects(world: &World, id: VmId, verb: &'static str) -> Vec<String> {
-    let mut problems = Vec::new();
+/// Removes a dead VM's port of the bridge. Answers what could not be removed.
+pub(crate) async fn release_port(world: &World, id: VmId, verb: &'static str) -> Option<String> {
     point(verb, "release-port", Side::Before);
-    if let Err(error) = world.network.release(id.tap_name()).await {
-        problems.push(banger_host::error_chain(&error));
-    }
+    let released = world.network.release(id.tap_name()).await;
     point(verb, "release-port", Side::After);
+    let problem = released.err().map(|error| banger_host::error_chain(&error));
+    if let Some(problem) = &problem {
+        tracing::warn!(vm = %id, problem, "a port was left behind");
+    }
+    problem
+}
+
+/// Removes what a dead VM's attempt left in its folder. Answers what could not be removed.
+pub(crate) async fn clear_run(world: &World, id: VmId, verb: &'static str) -> Option<String> {
     let run = VmFiles::of(&world.paths, id).run();
     point(verb, "clear-run", Side::Before);
-    match tokio::fs::remove_dir_all(&run).await {
-        Ok(()) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => problems.push(format!("cannot remove `{}`: {error}", run.display())),
-    }
+    let removed = tokio::fs::remove_dir_all(&run).await;
     point(verb, "clear-run", Side::After);
-    for problem in &problems {
-        tracing::warn!(vm = %id, problem, "teardown left something behind");
+    match removed {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            tracing::warn!(vm = %id, run = %run.display(), %error, "a run folder was left behind");
+            Some(format!("cannot remove `{}`: {error}", run.display()))
+        }
+        Ok(()) | Err(_) => None,
     }
-    problems
 }
 
 /// Makes what the guest wrote durable.
