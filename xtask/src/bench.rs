@@ -3,7 +3,7 @@
 //! | bench | ours | theirs |
 //! | --- | --- | --- |
 //! | `version` | `banger --version` | `/bin/true` |
-//! | `start` | `banger vm start`, which returns when QEMU has greeted on its QMP socket | the identical QEMU command by itself, until it greets |
+//! | `start` | `banger vm start`, which returns when QEMU has answered its first QMP command | the identical QEMU command by itself, until it has answered that |
 //! | `list` | `banger vm list` with 1,000 VMs | `curl --unix-socket` of the same bytes |
 //! | `memory` | PSS of the daemon and of a shim | |
 //! | `syncs` | waits for the disk before the answer | |
@@ -11,6 +11,7 @@
 
 mod bare;
 mod boot;
+mod debian;
 mod home;
 mod list;
 mod memory;

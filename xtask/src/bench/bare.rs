@@ -6,15 +6,15 @@ use crate::failure::{Failure, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-/// How long QEMU may take to greet.
-const GREETING_LIMIT: Duration = Duration::from_secs(20);
+/// How long QEMU may take to answer for the first time.
+const ANSWER_LIMIT: Duration = Duration::from_secs(20);
 
 /// A network namespace that lives as long as this value.
 #[derive(Debug)]
@@ -152,7 +152,8 @@ impl BareVmm {
         })
     }
 
-    /// Starts it. Returns when it has greeted on its QMP socket, with how long that took, in seconds.
+    /// Starts it. Returns when it has answered its first QMP command, with how long that took, in seconds. It is what
+    /// the shim waits for, too.
     pub(super) fn start(&self) -> Result<(RunningVmm, f64)> {
         let failed = || Failure::io(format!("cannot run `{}`", self.program));
         let qmp = self.folder.join("qmp.sock");
@@ -177,18 +178,25 @@ impl BareVmm {
         let start = Instant::now();
         let child = program.spawn().map_err(failed())?;
         let running = RunningVmm { child };
-        let mut stream = connect(&qmp, &watch, start)?;
+        let stream = connect(&qmp, &watch, start)?;
         stream
-            .set_read_timeout(Some(GREETING_LIMIT))
+            .set_read_timeout(Some(ANSWER_LIMIT))
             .map_err(failed())?;
-        let mut greeting = [0; 512];
-        let length = stream.read(&mut greeting).map_err(failed())?;
-        let took = start.elapsed().as_secs_f64();
-        if String::from_utf8_lossy(&greeting[..length]).contains("QMP") {
-            Ok((running, took))
-        } else {
-            Err(Failure::new(format!("`{}` did not greet", self.program)))
+        // QEMU greets from a thread of its own while it still sets its machine up; the answer comes from its main
+        // loop, so it is what says that the machine is there.
+        (&stream)
+            .write_all(b"{\"execute\":\"qmp_capabilities\"}\n")
+            .map_err(failed())?;
+        for line in BufReader::new(&stream).lines() {
+            if line.map_err(failed())?.contains("\"return\"") {
+                let took = start.elapsed().as_secs_f64();
+                return Ok((running, took));
+            }
         }
+        Err(Failure::new(format!(
+            "`{}` ended before it answered",
+            self.program
+        )))
     }
 }
 
@@ -198,7 +206,7 @@ fn connect(socket: &Path, watch: &OwnedFd, start: Instant) -> Result<UnixStream>
         tv_sec: 20,
         tv_nsec: 0,
     };
-    while start.elapsed() < GREETING_LIMIT {
+    while start.elapsed() < ANSWER_LIMIT {
         match UnixStream::connect(socket) {
             Ok(stream) => return Ok(stream),
             // The moment between the socket's appearance and the first listening has no event.

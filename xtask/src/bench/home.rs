@@ -14,8 +14,6 @@ use std::time::{Duration, Instant};
 
 /// How long the daemon may take to answer a request.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
-/// The images and kernels that benches use, kept between runs.
-const STORE: &str = "bench-store";
 
 /// A home whose daemon serves the programs in `dist`.
 #[derive(Debug)]
@@ -161,13 +159,21 @@ impl Drop for Home {
     }
 }
 
+/// What benches make once and keep.
+pub(super) fn store() -> PathBuf {
+    target().join("bench-store")
+}
+
 /// Makes what is missing in the store. Returns the folder that holds `images` and `kernels`.
 fn fill_store(dist: &Path, images: Images) -> Result<PathBuf> {
-    let store = Home::at(dist, target().join(STORE), true)?;
+    let store = Home::at(dist, store(), true)?;
     run(&mut store.banger(&["kernel", "import"]))?;
-    run(&mut store.banger(&["image", "build", "--tiny"]))?;
-    if images == Images::TinyAndDefault {
-        run(&mut store.banger(&["image", "build"]))?;
+    let built: &[&[&str]] = match images {
+        Images::Tiny => &[&["--tiny"]],
+        Images::TinyAndDefault => &[&["--tiny"], &[]],
+    };
+    for options in built {
+        run(&mut store.banger(&[&["image", "build"], *options].concat()))?;
     }
     Ok(store.data())
 }

@@ -26,7 +26,7 @@ pub(super) fn run(dist: &Path) -> Result<Vec<Row>> {
     let tap = bare
         .value("ifname=")
         .ok_or_else(|| Failure::new("the VMM's command line names no TAP: is it QEMU's?"))?;
-    // Up, as ours is. It needs no bridge, since nothing is sent before QEMU greets.
+    // Up, as ours is. It needs no bridge, since nothing is sent before QEMU answers.
     let namespace = Namespace::new(&format!(
         "ip tuntap add dev {tap} mode tap; ip link set {tap} up"
     ))?;

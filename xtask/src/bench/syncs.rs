@@ -43,16 +43,10 @@ pub(super) fn run(dist: &Path) -> Result<Vec<Row>> {
         let most = counts.iter().copied().fold(0.0, f64::max);
         let middle = median(&counts).unwrap_or(f64::INFINITY);
         rows.push(Row::figure(
-            &format!("waits for the disk of a {name}"),
+            &format!("waits for the disk before a {name} is answered"),
             middle,
-            Unit::Calls,
+            Unit::Calls { most },
             at_most,
-        ));
-        rows.push(Row::figure(
-            &format!("  the most in {REQUESTS}"),
-            most,
-            Unit::Calls,
-            f64::INFINITY,
         ));
     }
     Ok(rows)

@@ -15,10 +15,13 @@ pub(super) struct Row {
 }
 
 /// What a bench counts in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Unit {
     Mebibytes,
-    Calls,
+    /// Of several requests; the figure is their median.
+    Calls {
+        most: f64,
+    },
 }
 
 impl Row {
@@ -57,7 +60,7 @@ impl Row {
     pub(super) fn figure(name: &str, ours: f64, unit: Unit, at_most: f64) -> Self {
         let (text, unit) = match unit {
             Unit::Mebibytes => (format!("{ours:.2}"), "MiB"),
-            Unit::Calls => (format!("{ours}"), "calls"),
+            Unit::Calls { most } => (format!("{ours} (most {most})"), "calls"),
         };
         let verdict = if ours <= at_most {
             Verdict::Met
