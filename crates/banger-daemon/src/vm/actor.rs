@@ -2,40 +2,32 @@
 
 use super::files::VmFiles;
 use super::link::{Commander, Link, LinkEvent};
-use super::start::{StartError, StartPlan, Started, reap, unwind};
-use super::stop::{Intent, reason};
-use super::teardown::{clear_run, end_processes, release_port, sync_disks};
+use super::start_plan::{StartError, Started};
+use super::stop_reason::Intent;
 use super::{Answer, Ask, AttemptFile, Handle, INBOX, Message, View};
 use crate::convert;
-use crate::crash::{Side, point};
 use crate::images::store_error;
 use crate::record::VmRecord;
 use crate::world::World;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::event::EventKind;
-use banger_api::vm::{BootTimes, JournalEntry};
+use banger_api::vm::JournalEntry;
 use banger_core::decide::{Action, Decision, Deny, Request, Standing, decide};
 use banger_core::id::VmId;
-use banger_core::phase::{Desired, PausedBy, Phase, StartStep, StopReason};
-use banger_vmm::exit;
-use banger_vmm::lock::{LockError, try_lock, wait_free};
-use banger_vmm::protocol::{Exit, Status, Verb};
+use banger_core::phase::{Desired, PausedBy, Phase, StartStep};
+use banger_vmm::protocol::{Status, Verb};
 use jiff::Timestamp;
 use std::pin::Pin;
 use std::process::Child;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-/// How long a VMM may take to follow SIGTERM.
-const TERM_GRACE: Duration = Duration::from_secs(3);
 /// How often an unreachable VM is looked at again.
-const LOOK_AGAIN: Duration = Duration::from_secs(2);
-/// How long a VMM that said that it ends may take to be gone.
-const EXIT_GRACE: Duration = Duration::from_secs(5);
+pub(super) const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
-type Reply = oneshot::Sender<Answer>;
+pub(super) type Reply = oneshot::Sender<Answer>;
 
 /// Adds a line to a VM's story.
 pub(crate) fn note(
@@ -56,36 +48,36 @@ pub(crate) fn note(
 }
 
 /// What the VM is doing, with what is only there while it does it.
-enum Run {
+pub(super) enum Run {
     Idle,
     Starting(Box<Starting>),
     Live(Box<Live>),
 }
 
-struct Starting {
-    plan: Pin<Box<dyn Future<Output = Result<Started, StartError>> + Send>>,
-    cancel: CancellationToken,
-    steps: watch::Receiver<StartStep>,
-    starters: Vec<Reply>,
-    cancellers: Vec<Reply>,
+pub(super) struct Starting {
+    pub(super) plan: Pin<Box<dyn Future<Output = Result<Started, StartError>> + Send>>,
+    pub(super) cancel: CancellationToken,
+    pub(super) steps: watch::Receiver<StartStep>,
+    pub(super) starters: Vec<Reply>,
+    pub(super) cancellers: Vec<Reply>,
     /// The cancelling request wants the VM in the trash afterwards.
-    then: Option<Ask>,
+    pub(super) then: Option<Ask>,
 }
 
-struct Live {
-    attempt: AttemptFile,
-    link: Option<Link>,
-    commander: Option<Commander>,
-    shim: Option<Child>,
-    status: Option<Status>,
-    stopping: Option<Stopping>,
+pub(super) struct Live {
+    pub(super) attempt: AttemptFile,
+    pub(super) link: Option<Link>,
+    pub(super) commander: Option<Commander>,
+    pub(super) shim: Option<Child>,
+    pub(super) status: Option<Status>,
+    pub(super) stopping: Option<Stopping>,
     /// Resolves when the lock of an unreachable VM is free.
-    lock_free: Option<oneshot::Receiver<()>>,
+    pub(super) lock_free: Option<oneshot::Receiver<()>>,
 }
 
 impl Live {
     /// A VM whose lock is held while its shim does not answer.
-    fn unreachable(attempt: AttemptFile) -> Self {
+    pub(super) fn unreachable(attempt: AttemptFile) -> Self {
         Self {
             attempt,
             link: None,
@@ -98,15 +90,15 @@ impl Live {
     }
 }
 
-struct Stopping {
-    deadline: Timestamp,
-    waiters: Vec<Reply>,
-    then_start: Vec<Reply>,
+pub(super) struct Stopping {
+    pub(super) deadline: Timestamp,
+    pub(super) waiters: Vec<Reply>,
+    pub(super) then_start: Vec<Reply>,
 }
 
 impl Run {
     /// The stop that is under way.
-    fn stopping(&mut self) -> Option<&mut Stopping> {
+    pub(super) fn stopping(&mut self) -> Option<&mut Stopping> {
         match self {
             Self::Live(live) => live.stopping.as_mut(),
             Self::Idle | Self::Starting(_) => None,
@@ -114,7 +106,7 @@ impl Run {
     }
 }
 
-enum Incoming {
+pub(super) enum Incoming {
     Message(Message),
     Closed,
     Step(StartStep),
@@ -225,12 +217,12 @@ pub(crate) fn spawn(
     (handle, recovered)
 }
 
-struct Actor {
-    world: Arc<World>,
-    files: VmFiles,
-    record: Arc<VmRecord>,
-    run: Run,
-    view: watch::Sender<View>,
+pub(super) struct Actor {
+    pub(super) world: Arc<World>,
+    pub(super) files: VmFiles,
+    pub(super) record: Arc<VmRecord>,
+    pub(super) run: Run,
+    pub(super) view: watch::Sender<View>,
 }
 
 impl Actor {
@@ -266,11 +258,11 @@ impl Actor {
         }
     }
 
-    fn note(&self, subject: &str, message: impl Into<String>, took: Option<Duration>) {
+    pub(super) fn note(&self, subject: &str, message: impl Into<String>, took: Option<Duration>) {
         note(&self.world, self.record.id, subject, message.into(), took);
     }
 
-    fn publish(&self, change: impl FnOnce(&mut View)) {
+    pub(super) fn publish(&self, change: impl FnOnce(&mut View)) {
         self.view.send_modify(|view| {
             change(view);
             view.record = Arc::clone(&self.record);
@@ -288,7 +280,10 @@ impl Actor {
     }
 
     /// Changes the record: the row, durable when this returns, then its mirror.
-    async fn change(&mut self, change: impl FnOnce(&mut VmRecord)) -> Result<(), ErrorBody> {
+    pub(super) async fn change(
+        &mut self,
+        change: impl FnOnce(&mut VmRecord),
+    ) -> Result<(), ErrorBody> {
         let mut record = (*self.record).clone();
         change(&mut record);
         record.record_version += 1;
@@ -312,7 +307,7 @@ impl Actor {
     }
 
     /// As [`Actor::change`], for what happens whether or not it can be written down.
-    async fn change_anyway(&mut self, change: impl Fn(&mut VmRecord)) {
+    pub(super) async fn change_anyway(&mut self, change: impl Fn(&mut VmRecord)) {
         if let Err(error) = self.change(&change).await {
             tracing::error!(vm = %self.record.id, error = %error.message, "a change was not stored");
             self.note(
@@ -371,7 +366,7 @@ impl Actor {
         }
     }
 
-    fn answer(&self, reply: Reply) {
+    pub(super) fn answer(&self, reply: Reply) {
         answer_to(reply, Ok(self.view.borrow().clone()));
     }
 
@@ -470,7 +465,7 @@ impl Actor {
     }
 
     /// Sends a verb to the shim and waits for its answer.
-    async fn command(&mut self, verb: Verb) -> Result<(), ErrorBody> {
+    pub(super) async fn command(&mut self, verb: Verb) -> Result<(), ErrorBody> {
         let commander = match &self.run {
             Run::Live(live) => live.commander.clone(),
             Run::Idle | Run::Starting(_) => None,
@@ -489,225 +484,6 @@ impl Actor {
         })
     }
 
-    async fn start(&mut self, starters: Vec<Reply>) {
-        let asked_at = Instant::now();
-        point("start", "desired", Side::Before);
-        let stored = self.change(|record| record.desired = Desired::On).await;
-        point("start", "desired", Side::After);
-        if let Err(error) = stored {
-            for reply in starters {
-                answer_to(reply, Err(error.clone()));
-            }
-            return;
-        }
-        self.note("start", "asked", None);
-        let (steps, receiver) = watch::channel(StartStep::TakeLock);
-        let cancel = CancellationToken::new();
-        let plan = StartPlan {
-            world: Arc::clone(&self.world),
-            record: Arc::clone(&self.record),
-            asked_at,
-            steps,
-            cancel: cancel.clone(),
-        };
-        self.run = Run::Starting(Box::new(Starting {
-            plan: Box::pin(plan.run()),
-            cancel,
-            steps: receiver,
-            starters,
-            cancellers: Vec::new(),
-            then: None,
-        }));
-        self.publish(|view| {
-            view.phase = Phase::Starting {
-                step: StartStep::TakeLock,
-            };
-            view.boot = None;
-        });
-    }
-
-    fn cancel_start(&mut self, reply: Reply, then: Option<Ask>) {
-        match &mut self.run {
-            Run::Starting(starting) => {
-                starting.cancel.cancel();
-                starting.cancellers.push(reply);
-                // Of two requests to delete it, the one that purges counts.
-                let purges = starting.then.as_ref().is_some_and(|earlier| earlier.purge);
-                if !purges {
-                    starting.then = then.or(starting.then.take());
-                }
-            }
-            Run::Idle | Run::Live(_) => self.answer(reply),
-        }
-    }
-
-    async fn started(&mut self, outcome: Result<Started, StartError>) {
-        let Run::Starting(starting) = std::mem::replace(&mut self.run, Run::Idle) else {
-            return;
-        };
-        let Starting {
-            starters,
-            cancellers,
-            cancel,
-            then,
-            ..
-        } = *starting;
-        match outcome {
-            Ok(started) => {
-                self.note(
-                    "start",
-                    format!("running: {}", started.attempt.reason),
-                    None,
-                );
-                self.adopt(
-                    started.attempt,
-                    started.link,
-                    started.status,
-                    Some(started.shim),
-                );
-                if cancel.is_cancelled() {
-                    self.kill(Intent::Kill).await;
-                    let name = &self.record.name;
-                    let error = ErrorBody::new(
-                        ErrorCode::Cancelled,
-                        format!("the start of `{name}` was cancelled"),
-                    );
-                    reply_all(starters, &Err(error));
-                } else {
-                    reply_all(starters, &Ok(self.view.borrow().clone()));
-                    if !self.record.started_once {
-                        self.change_anyway(|record| record.started_once = true)
-                            .await;
-                    }
-                }
-            }
-            Err(StartError {
-                step,
-                error,
-                cancelled,
-            }) => {
-                let unwound = unwind(&self.world, &self.record).await;
-                let why = if cancelled {
-                    StopReason::StartCancelled
-                } else {
-                    let causes = error.causes.iter().map(|cause| format!(": {cause}"));
-                    let text = std::iter::once(error.message.clone())
-                        .chain(causes)
-                        .collect();
-                    StopReason::StartFailed { step, error: text }
-                };
-                let mut error = error;
-                match unwound {
-                    Ok(problems) => {
-                        error.causes.extend(problems);
-                        self.stopped(why, cancelled, None).await;
-                        self.clear_run("unwind").await;
-                    }
-                    Err(alive) => {
-                        error.causes.push(banger_host::error_chain(&alive));
-                        self.note(
-                            "start",
-                            format!("failed: {why}, and a process of it is alive"),
-                            None,
-                        );
-                        self.run = Run::Live(Box::new(Live::unreachable(AttemptFile::unknown(
-                            &self.world,
-                            &self.record,
-                        ))));
-                        self.unreachable();
-                    }
-                }
-                if error.code == ErrorCode::Internal {
-                    error.code = ErrorCode::StartFailed;
-                }
-                if error.hints.is_empty() {
-                    error.hints.push(format!(
-                        "`banger vm why {}` tells the steps",
-                        self.record.name
-                    ));
-                }
-                reply_all(starters, &Err(error));
-            }
-        }
-        if !cancellers.is_empty() {
-            self.change_anyway(|record| record.desired = Desired::Off)
-                .await;
-            let done = match (&self.run, &then) {
-                (Run::Idle, Some(ask)) => self.trash(ask.purge).await,
-                (Run::Idle, None) => Ok(()),
-                (Run::Starting(_) | Run::Live(_), _) => {
-                    Err(self.denied(Deny::Unreachable, Request::Kill))
-                }
-            };
-            self.publish(|_| {});
-            reply_all(cancellers, &done.map(|()| self.view.borrow().clone()));
-        }
-    }
-
-    /// Takes a running VMM over.
-    fn adopt(&mut self, attempt: AttemptFile, link: Link, status: Status, shim: Option<Child>) {
-        let commander = link.commander();
-        self.run = Run::Live(Box::new(Live {
-            attempt,
-            link: Some(link),
-            commander: Some(commander),
-            shim,
-            status: None,
-            stopping: None,
-            lock_free: None,
-        }));
-        self.status(status);
-    }
-
-    /// Derives phase, attempt and boot times from what the shim says.
-    fn status(&mut self, status: Status) {
-        let Run::Live(live) = &mut self.run else {
-            return;
-        };
-        let mut attempt = live.attempt.to_api();
-        attempt.vmm_pid = Some(status.vmm_pid);
-        attempt.shim_pid = Some(status.shim_pid);
-        let since_asked = |stage: Option<u64>| stage.map(|ms| ms + live.attempt.lead_ms);
-        let boot = BootTimes {
-            vmm_up: since_asked(status.boot.vmm_up),
-            kernel: since_asked(status.boot.kernel),
-            banger_init: since_asked(status.boot.banger_init),
-            agent: since_asked(status.boot.agent),
-            ssh: since_asked(status.boot.ssh),
-            ready: since_asked(status.boot.ready),
-        };
-        let phase = match (&live.stopping, status.paused) {
-            (Some(stopping), _) => Phase::Stopping {
-                deadline: stopping.deadline,
-            },
-            (None, true) if status.disk_full => Phase::Paused {
-                by: PausedBy::FullDisk,
-            },
-            (None, true) => Phase::Paused {
-                by: PausedBy::Person,
-            },
-            (None, false) => Phase::Running {
-                ready: status.ready,
-                reachable: true,
-            },
-        };
-        let became_ready =
-            status.ready && !live.status.as_ref().is_some_and(|earlier| earlier.ready);
-        live.status = Some(status);
-        self.publish(|view| {
-            view.phase = phase;
-            view.attempt = Some(attempt);
-            view.boot = Some(boot.clone());
-        });
-        if became_ready {
-            self.note(
-                "guest",
-                format!("ready after {} ms", boot.ready.unwrap_or_default()),
-                None,
-            );
-        }
-    }
-
     async fn link_event(&mut self, event: LinkEvent) {
         match event {
             LinkEvent::Status(status) => self.status(status),
@@ -717,252 +493,6 @@ impl Actor {
             LinkEvent::Exited(exit) => self.ended(Some(exit), Intent::None).await,
             LinkEvent::Closed => self.link_closed().await,
         }
-    }
-
-    /// The shim went away without a word: either all is over, or the VMM runs on without it.
-    async fn link_closed(&mut self) {
-        let Run::Live(live) = &mut self.run else {
-            return;
-        };
-        live.link = None;
-        live.commander = None;
-        if let Some(shim) = live.shim.take() {
-            reap(shim);
-        }
-        let path = self.files.lock();
-        // A shim that has just ended by itself may not be quite gone.
-        let free = tokio::task::spawn_blocking(move || {
-            wait_free(&path, Instant::now() + Duration::from_millis(500))
-        });
-        match free.await {
-            Ok(Ok(_)) => self.ended(None, Intent::None).await,
-            // Only a free lock means dead.
-            Ok(Err(_)) | Err(_) => {
-                self.note(
-                    "recover",
-                    "the shim does not answer, but the VM's lock is held",
-                    None,
-                );
-                self.unreachable();
-            }
-        }
-    }
-
-    fn unreachable(&mut self) {
-        let Run::Live(live) = &mut self.run else {
-            return;
-        };
-        let (sender, receiver) = oneshot::channel();
-        live.lock_free = Some(receiver);
-        let ready = live.status.as_ref().is_some_and(|status| status.ready);
-        let waiters = live.stopping.take();
-        let path = self.files.lock();
-        std::thread::spawn(move || {
-            while !sender.is_closed() {
-                // Short, so that the thread ends soon after nobody waits for it any more.
-                if wait_free(&path, Instant::now() + LOOK_AGAIN).is_ok() {
-                    break;
-                }
-            }
-            // The actor may have found out by itself.
-            let _ = sender.send(());
-        });
-        self.publish(|view| {
-            view.phase = Phase::Running {
-                ready,
-                reachable: false,
-            }
-        });
-        if let Some(Stopping {
-            waiters,
-            then_start,
-            ..
-        }) = waiters
-        {
-            let error = self.denied(Deny::Unreachable, Request::Stop);
-            reply_all(waiters.into_iter().chain(then_start).collect(), &Err(error));
-        }
-    }
-
-    async fn stop(&mut self, timeout: Duration, waiters: Vec<Reply>, then_start: Vec<Reply>) {
-        point("stop", "desired", Side::Before);
-        if then_start.is_empty() {
-            self.change_anyway(|record| record.desired = Desired::Off)
-                .await;
-        }
-        point("stop", "desired", Side::After);
-        let deadline = Timestamp::now()
-            .saturating_add(jiff::SignedDuration::try_from(timeout).unwrap_or_default());
-        let Ok(deadline) = deadline else {
-            let error = ErrorBody::new(ErrorCode::InvalidRequest, "the time limit is out of range");
-            reply_all(waiters.into_iter().chain(then_start).collect(), &Err(error));
-            return;
-        };
-        if let Run::Live(live) = &mut self.run {
-            live.stopping = Some(Stopping {
-                deadline,
-                waiters,
-                then_start,
-            });
-        }
-        self.publish(|view| view.phase = Phase::Stopping { deadline });
-        point("stop", "ask", Side::Before);
-        match self.command(Verb::Shutdown).await {
-            Ok(()) => self.note("stop", "the guest was asked to shut down", None),
-            Err(error) => self.note(
-                "stop",
-                format!("the guest could not be asked: {}", error.message),
-                None,
-            ),
-        }
-        point("stop", "ask", Side::After);
-    }
-
-    /// The guest's time is up.
-    async fn escalate(&mut self) {
-        self.note(
-            "stop",
-            "the guest did not shut down in time: ending the VMM",
-            None,
-        );
-        self.kill(Intent::Stop { forced: true }).await;
-    }
-
-    /// Ends all processes of the VM, whatever state they are in.
-    async fn kill(&mut self, intent: Intent) {
-        self.ended(None, intent).await;
-    }
-
-    /// The VMM has ended, or is to be ended now: cleans up, and says why the VM is stopped.
-    async fn ended(&mut self, exit: Option<Exit>, intent: Intent) {
-        let Run::Live(live) = &mut self.run else {
-            return;
-        };
-        let exited = exit.is_some();
-        let attempt = live.attempt.attempt.clone();
-        let mut shim = live.shim.take();
-        let path = self.files.lock();
-        let grace = match intent {
-            Intent::Kill => Duration::ZERO,
-            Intent::Stop { .. } => TERM_GRACE,
-            Intent::None => EXIT_GRACE,
-        };
-        point("stop", "end-processes", Side::Before);
-        let begun = Instant::now();
-        let freed = tokio::task::spawn_blocking(move || {
-            let freed = if exited {
-                match wait_free(&path, Instant::now() + grace) {
-                    Err(LockError::Held(_)) => end_processes(&path, Duration::ZERO),
-                    outcome => outcome,
-                }
-            } else {
-                end_processes(&path, grace)
-            };
-            if let (Some(shim), Ok(_)) = (&mut shim, &freed) {
-                // It is dead or dying: its lock is free.
-                let _ = shim.wait();
-            }
-            (freed, shim)
-        })
-        .await;
-        point("stop", "end-processes", Side::After);
-        // Held until all is cleaned up; only then may the next start begin.
-        let lock = match freed {
-            Ok((Ok(lock), _)) => lock,
-            Ok((Err(error), shim)) => {
-                let why = banger_host::error_chain(&error);
-                self.note(
-                    "stop",
-                    format!("a process of the VM does not die: {why}"),
-                    Some(begun.elapsed()),
-                );
-                if let Run::Live(live) = &mut self.run {
-                    live.shim = shim;
-                }
-                self.unreachable();
-                return;
-            }
-            Err(error) => {
-                tracing::error!(vm = %self.record.id, %error, "ending the VM's processes panicked");
-                self.unreachable();
-                return;
-            }
-        };
-        let Run::Live(live) = std::mem::replace(&mut self.run, Run::Idle) else {
-            return;
-        };
-        let exit = exit.or_else(|| {
-            exit::read(&self.files.exit())
-                .ok()
-                .flatten()
-                .filter(|exit| exit.attempt == attempt)
-        });
-        let asked = live.stopping.is_some();
-        let (waiters, then_start) = match live.stopping {
-            Some(stopping) => (stopping.waiters, stopping.then_start),
-            None => (Vec::new(), Vec::new()),
-        };
-        let intent = match intent {
-            Intent::None if asked => Intent::Stop { forced: false },
-            other => other,
-        };
-        let why = reason(intent, exit.as_ref());
-        point("stop", "sync", Side::Before);
-        sync_disks(&self.files).await;
-        point("stop", "sync", Side::After);
-        release_port(&self.world, self.record.id, "stop").await;
-        let off = match &why {
-            StopReason::Asked | StopReason::AskedThenForced | StopReason::Killed => {
-                then_start.is_empty()
-            }
-            StopReason::GuestPoweroff => true,
-            StopReason::NeverStarted
-            | StopReason::GuestReboot
-            | StopReason::GuestPanic
-            | StopReason::StartFailed { .. }
-            | StopReason::StartCancelled
-            | StopReason::VmmDied { .. }
-            | StopReason::HostRebooted
-            | StopReason::Unknown => false,
-        };
-        self.stopped(why, off, Some(attempt)).await;
-        // Last: until the reason is recorded, it is what a crash would leave to tell it.
-        self.clear_run("stop").await;
-        drop(lock);
-        reply_all(waiters, &Ok(self.view.borrow().clone()));
-        if !then_start.is_empty() {
-            self.start(then_start).await;
-        }
-    }
-
-    async fn clear_run(&mut self, verb: &'static str) {
-        clear_run(&self.world, self.record.id, verb).await;
-    }
-
-    /// Records that the VM is stopped, and why; `attempt` is the run that ended.
-    async fn stopped(&mut self, why: StopReason, off: bool, attempt: Option<String>) {
-        let boot = self.view.borrow().boot.clone();
-        let ran = !matches!(
-            why,
-            StopReason::StartFailed { .. } | StopReason::StartCancelled
-        );
-        point("stop", "record", Side::Before);
-        self.change_anyway(|record| {
-            record.last_stop = why.clone();
-            record.last_attempt = attempt.clone().or(record.last_attempt.take());
-            record.started_once |= ran;
-            record.boot = boot.clone().or(record.boot.take());
-            if off {
-                record.desired = Desired::Off;
-            }
-        })
-        .await;
-        point("stop", "record", Side::After);
-        self.note("stop", format!("stopped: {why}"), None);
-        self.publish(|view| {
-            view.phase = Phase::Stopped { why };
-            view.attempt = None;
-        });
     }
 
     async fn set(&mut self, ask: &Ask) -> Result<(), ErrorBody> {
@@ -990,72 +520,8 @@ impl Actor {
         Ok(())
     }
 
-    async fn trash(&mut self, purge: bool) -> Result<(), ErrorBody> {
-        if purge {
-            return self.purge().await;
-        }
-        point("delete", "record", Side::Before);
-        self.change(|record| {
-            record.trashed_at = Some(Timestamp::now());
-            record.desired = Desired::Off;
-        })
-        .await?;
-        point("delete", "record", Side::After);
-        self.note("delete", "put into the trash", None);
-        self.publish(|_| {});
-        Ok(())
-    }
-
-    /// Removes record and files for ever: first the promise, then the files, then the row.
-    async fn purge(&mut self) -> Result<(), ErrorBody> {
-        // Held to the end: nothing starts on these disks, and nothing that lives loses them.
-        let _lock = match (&self.run, try_lock(&self.files.lock())) {
-            (Run::Starting(_) | Run::Live(_), _) | (_, Err(LockError::Held(_))) => {
-                return Err(self.denied(Deny::Unreachable, Request::Delete { force: true }));
-            }
-            (Run::Idle, Ok(lock)) => Some(lock),
-            (Run::Idle, Err(LockError::Io { .. })) if !self.files.folder.exists() => None,
-            (Run::Idle, Err(LockError::Io { path, source })) => {
-                return Err(super::files::io_error("lock", &path, &source));
-            }
-        };
-        point("delete", "promise", Side::Before);
-        if !self.record.purging {
-            self.change(|record| {
-                record.purging = true;
-                record.trashed_at.get_or_insert_with(Timestamp::now);
-            })
-            .await?;
-            self.publish(|_| {});
-        }
-        point("delete", "promise", Side::After);
-        release_port(&self.world, self.record.id, "delete").await;
-        self.clear_run("delete").await;
-        point("delete", "unlink", Side::Before);
-        let folder = self.files.folder.clone();
-        let removed = tokio::task::spawn_blocking(move || remove_folder(&folder)).await;
-        match removed {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                return Err(super::files::io_error("remove", &self.files.folder, &error));
-            }
-            Err(error) => return Err(ErrorBody::from_error(ErrorCode::Internal, &error)),
-        }
-        point("delete", "unlink", Side::After);
-        point("delete", "row", Side::Before);
-        self.world
-            .store
-            .delete_vm(self.record.id)
-            .await
-            .map_err(|error| store_error(&error))?;
-        point("delete", "row", Side::After);
-        self.world.images.unpin(self.record.id);
-        self.publish(|view| view.purged = true);
-        Ok(())
-    }
-
     /// A stop or kill came while a restart was stopping the VM: it is not to start again.
-    async fn forget_restart(&mut self) {
+    pub(super) async fn forget_restart(&mut self) {
         let Some(stopping) = self.run.stopping() else {
             return;
         };
@@ -1073,7 +539,7 @@ impl Actor {
             .await;
     }
 
-    fn undead(&self) -> ErrorBody {
+    pub(super) fn undead(&self) -> ErrorBody {
         let name = &self.record.name;
         ErrorBody::new(
             ErrorCode::Unreachable,
@@ -1084,133 +550,17 @@ impl Actor {
         ))
     }
 
-    fn denied(&self, deny: Deny, request: Request) -> ErrorBody {
+    pub(super) fn denied(&self, deny: Deny, request: Request) -> ErrorBody {
         convert::denied(&self.record.name, deny, request)
     }
-
-    /// Looks at what an earlier daemon left of this VM: adopts what lives, cleans up after what does not.
-    async fn recover(&mut self) {
-        let path = self.files.lock();
-        let attempt = std::fs::read(self.files.attempt())
-            .ok()
-            .and_then(|bytes| serde_json::from_slice::<AttemptFile>(&bytes).ok());
-        if !path.exists() && attempt.is_none() && !self.files.run().exists() {
-            return;
-        }
-        let tried = tokio::task::spawn_blocking(move || try_lock(&path)).await;
-        match tried {
-            Ok(Ok(lock)) => {
-                self.recover_dead(attempt).await;
-                drop(lock);
-            }
-            Ok(Err(error)) => self.recover_live(attempt, &error).await,
-            Err(error) => tracing::error!(vm = %self.record.id, %error, "trying the lock panicked"),
-        }
-    }
-
-    /// Only a free lock means dead: whatever else came of trying it, the VM is taken to live.
-    async fn recover_live(&mut self, attempt: Option<AttemptFile>, held: &LockError) {
-        let attempt = attempt.unwrap_or_else(|| AttemptFile::unknown(&self.world, &self.record));
-        match Link::connect(&self.files.shim_socket()).await {
-            Ok((link, status)) => self.take_over(attempt, link, status).await,
-            Err(error) => {
-                let why = banger_host::error_chain(held);
-                self.note(
-                    "recover",
-                    format!("{why}, but its shim does not answer: {error}"),
-                    None,
-                );
-                self.run = Run::Live(Box::new(Live::unreachable(attempt)));
-                self.unreachable();
-            }
-        }
-    }
-
-    async fn take_over(&mut self, attempt: AttemptFile, link: Link, status: Status) {
-        self.note("recover", "found running and taken over", None);
-        self.adopt(attempt, link, status, None);
-        if !self.record.started_once {
-            self.change_anyway(|record| record.started_once = true)
-                .await;
-        }
-        if self.record.desired == Desired::Off {
-            self.note("recover", "it was to stop: asking again", None);
-            self.stop(Ask::STOP_TIMEOUT, Vec::new(), Vec::new()).await;
-        }
-    }
-
-    /// An unreachable VM's shim may answer after all.
-    async fn look_again(&mut self) {
-        let Run::Live(live) = &self.run else { return };
-        let attempt = live.attempt.clone();
-        if let Ok((link, status)) = Link::connect(&self.files.shim_socket()).await {
-            self.take_over(attempt, link, status).await;
-        }
-    }
-
-    async fn recover_dead(&mut self, attempt: Option<AttemptFile>) {
-        let known = attempt
-            .as_ref()
-            .is_none_or(|attempt| self.record.last_attempt.as_ref() == Some(&attempt.attempt));
-        if let (Some(attempt), false) = (attempt, known) {
-            let exit = exit::read(&self.files.exit())
-                .ok()
-                .flatten()
-                .filter(|exit| exit.attempt == attempt.attempt);
-            let intent = match self.record.desired {
-                Desired::Off => Intent::Stop { forced: false },
-                Desired::On => Intent::None,
-            };
-            let why = match &exit {
-                Some(_) => reason(intent, exit.as_ref()),
-                None if attempt.boot_id != self.world.boot_id => StopReason::HostRebooted,
-                None => StopReason::Unknown,
-            };
-            sync_disks(&self.files).await;
-            release_port(&self.world, self.record.id, "recover").await;
-            let off = why == StopReason::GuestPoweroff;
-            self.note("recover", format!("found stopped: {why}"), None);
-            self.stopped(why, off, Some(attempt.attempt)).await;
-        } else {
-            release_port(&self.world, self.record.id, "recover").await;
-        }
-        self.clear_run("recover").await;
-    }
 }
 
-/// Unlinks all files of a VM, its record's mirror last, so that what is left of a purge can always be told.
-fn remove_folder(folder: &std::path::Path) -> std::io::Result<()> {
-    let gone = |outcome: std::io::Result<()>| match outcome {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        outcome => outcome,
-    };
-    let entries = match std::fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    for entry in entries {
-        let entry = entry?;
-        if entry.file_name() == crate::record::VM_FILE {
-            continue;
-        }
-        let path = entry.path();
-        gone(if entry.file_type()?.is_dir() {
-            std::fs::remove_dir_all(&path)
-        } else {
-            std::fs::remove_file(&path)
-        })?;
-    }
-    gone(std::fs::remove_file(folder.join(crate::record::VM_FILE)))?;
-    gone(std::fs::remove_dir(folder))
-}
-
-fn answer_to(reply: Reply, answer: Answer) {
+pub(super) fn answer_to(reply: Reply, answer: Answer) {
     // The client may have gone away.
     let _ = reply.send(answer);
 }
 
-fn reply_all(replies: Vec<Reply>, answer: &Answer) {
+pub(super) fn reply_all(replies: Vec<Reply>, answer: &Answer) {
     for reply in replies {
         answer_to(reply, answer.clone());
     }

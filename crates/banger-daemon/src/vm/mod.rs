@@ -7,13 +7,17 @@
 //! ```
 
 pub(crate) mod actor;
+mod deleting;
+mod ending;
 pub(crate) mod files;
 mod link;
-mod start;
-mod stop;
+mod recover;
+mod start_plan;
+mod starting;
+mod stop_reason;
 pub(crate) mod teardown;
 
-pub(crate) use start::network_error as start_network_error;
+pub(crate) use start_plan::network_error as start_network_error;
 
 use crate::record::VmRecord;
 use crate::world::World;

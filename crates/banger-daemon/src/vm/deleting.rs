@@ -1,0 +1,104 @@
+//! The actor's part that puts a VM into the trash or removes it for ever.
+
+use super::actor::{Actor, Run};
+use super::teardown::release_port;
+use crate::crash::{Side, point};
+use crate::images::store_error;
+use banger_api::error::{ErrorBody, ErrorCode};
+use banger_core::decide::{Deny, Request};
+use banger_core::phase::Desired;
+use banger_vmm::lock::{LockError, try_lock};
+use jiff::Timestamp;
+
+impl Actor {
+    pub(super) async fn trash(&mut self, purge: bool) -> Result<(), ErrorBody> {
+        if purge {
+            return self.purge().await;
+        }
+        point("delete", "record", Side::Before);
+        self.change(|record| {
+            record.trashed_at = Some(Timestamp::now());
+            record.desired = Desired::Off;
+        })
+        .await?;
+        point("delete", "record", Side::After);
+        self.note("delete", "put into the trash", None);
+        self.publish(|_| {});
+        Ok(())
+    }
+
+    /// Removes record and files for ever: first the promise, then the files, then the row.
+    pub(super) async fn purge(&mut self) -> Result<(), ErrorBody> {
+        // Held to the end: nothing starts on these disks, and nothing that lives loses them.
+        let _lock = match (&self.run, try_lock(&self.files.lock())) {
+            (Run::Starting(_) | Run::Live(_), _) | (_, Err(LockError::Held(_))) => {
+                return Err(self.denied(Deny::Unreachable, Request::Delete { force: true }));
+            }
+            (Run::Idle, Ok(lock)) => Some(lock),
+            (Run::Idle, Err(LockError::Io { .. })) if !self.files.folder.exists() => None,
+            (Run::Idle, Err(LockError::Io { path, source })) => {
+                return Err(super::files::io_error("lock", &path, &source));
+            }
+        };
+        point("delete", "promise", Side::Before);
+        if !self.record.purging {
+            self.change(|record| {
+                record.purging = true;
+                record.trashed_at.get_or_insert_with(Timestamp::now);
+            })
+            .await?;
+            self.publish(|_| {});
+        }
+        point("delete", "promise", Side::After);
+        release_port(&self.world, self.record.id, "delete").await;
+        self.clear_run("delete").await;
+        point("delete", "unlink", Side::Before);
+        let folder = self.files.folder.clone();
+        let removed = tokio::task::spawn_blocking(move || remove_folder(&folder)).await;
+        match removed {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                return Err(super::files::io_error("remove", &self.files.folder, &error));
+            }
+            Err(error) => return Err(ErrorBody::from_error(ErrorCode::Internal, &error)),
+        }
+        point("delete", "unlink", Side::After);
+        point("delete", "row", Side::Before);
+        self.world
+            .store
+            .delete_vm(self.record.id)
+            .await
+            .map_err(|error| store_error(&error))?;
+        point("delete", "row", Side::After);
+        self.world.images.unpin(self.record.id);
+        self.publish(|view| view.purged = true);
+        Ok(())
+    }
+}
+
+/// Unlinks all files of a VM, its record's mirror last, so that what is left of a purge can always be told.
+fn remove_folder(folder: &std::path::Path) -> std::io::Result<()> {
+    let gone = |outcome: std::io::Result<()>| match outcome {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        outcome => outcome,
+    };
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name() == crate::record::VM_FILE {
+            continue;
+        }
+        let path = entry.path();
+        gone(if entry.file_type()?.is_dir() {
+            std::fs::remove_dir_all(&path)
+        } else {
+            std::fs::remove_file(&path)
+        })?;
+    }
+    gone(std::fs::remove_file(folder.join(crate::record::VM_FILE)))?;
+    gone(std::fs::remove_dir(folder))
+}

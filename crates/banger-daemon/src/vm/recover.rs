@@ -1,0 +1,102 @@
+//! The actor's part that finds out what an earlier daemon left of a VM.
+
+use super::actor::{Actor, Live, Run};
+use super::link::Link;
+use super::stop_reason::{Intent, reason};
+use super::teardown::{release_port, sync_disks};
+use super::{Ask, AttemptFile};
+use banger_core::phase::{Desired, StopReason};
+use banger_vmm::exit;
+use banger_vmm::lock::{LockError, try_lock};
+use banger_vmm::protocol::Status;
+
+impl Actor {
+    /// Looks at what an earlier daemon left of this VM: adopts what lives, cleans up after what does not.
+    pub(super) async fn recover(&mut self) {
+        let path = self.files.lock();
+        let attempt = std::fs::read(self.files.attempt())
+            .ok()
+            .and_then(|bytes| serde_json::from_slice::<AttemptFile>(&bytes).ok());
+        if !path.exists() && attempt.is_none() && !self.files.run().exists() {
+            return;
+        }
+        let tried = tokio::task::spawn_blocking(move || try_lock(&path)).await;
+        match tried {
+            Ok(Ok(lock)) => {
+                self.recover_dead(attempt).await;
+                drop(lock);
+            }
+            Ok(Err(error)) => self.recover_live(attempt, &error).await,
+            Err(error) => tracing::error!(vm = %self.record.id, %error, "trying the lock panicked"),
+        }
+    }
+
+    /// Only a free lock means dead: whatever else came of trying it, the VM is taken to live.
+    pub(super) async fn recover_live(&mut self, attempt: Option<AttemptFile>, held: &LockError) {
+        let attempt = attempt.unwrap_or_else(|| AttemptFile::unknown(&self.world, &self.record));
+        match Link::connect(&self.files.shim_socket()).await {
+            Ok((link, status)) => self.take_over(attempt, link, status).await,
+            Err(error) => {
+                let why = banger_host::error_chain(held);
+                self.note(
+                    "recover",
+                    format!("{why}, but its shim does not answer: {error}"),
+                    None,
+                );
+                self.run = Run::Live(Box::new(Live::unreachable(attempt)));
+                self.unreachable();
+            }
+        }
+    }
+
+    pub(super) async fn take_over(&mut self, attempt: AttemptFile, link: Link, status: Status) {
+        self.note("recover", "found running and taken over", None);
+        self.adopt(attempt, link, status, None);
+        if !self.record.started_once {
+            self.change_anyway(|record| record.started_once = true)
+                .await;
+        }
+        if self.record.desired == Desired::Off {
+            self.note("recover", "it was to stop: asking again", None);
+            self.stop(Ask::STOP_TIMEOUT, Vec::new(), Vec::new()).await;
+        }
+    }
+
+    /// An unreachable VM's shim may answer after all.
+    pub(super) async fn look_again(&mut self) {
+        let Run::Live(live) = &self.run else { return };
+        let attempt = live.attempt.clone();
+        if let Ok((link, status)) = Link::connect(&self.files.shim_socket()).await {
+            self.take_over(attempt, link, status).await;
+        }
+    }
+
+    pub(super) async fn recover_dead(&mut self, attempt: Option<AttemptFile>) {
+        let known = attempt
+            .as_ref()
+            .is_none_or(|attempt| self.record.last_attempt.as_ref() == Some(&attempt.attempt));
+        if let (Some(attempt), false) = (attempt, known) {
+            let exit = exit::read(&self.files.exit())
+                .ok()
+                .flatten()
+                .filter(|exit| exit.attempt == attempt.attempt);
+            let intent = match self.record.desired {
+                Desired::Off => Intent::Stop { forced: false },
+                Desired::On => Intent::None,
+            };
+            let why = match &exit {
+                Some(_) => reason(intent, exit.as_ref()),
+                None if attempt.boot_id != self.world.boot_id => StopReason::HostRebooted,
+                None => StopReason::Unknown,
+            };
+            sync_disks(&self.files).await;
+            release_port(&self.world, self.record.id, "recover").await;
+            let off = why == StopReason::GuestPoweroff;
+            self.note("recover", format!("found stopped: {why}"), None);
+            self.stopped(why, off, Some(attempt.attempt)).await;
+        } else {
+            release_port(&self.world, self.record.id, "recover").await;
+        }
+        self.clear_run("recover").await;
+    }
+}

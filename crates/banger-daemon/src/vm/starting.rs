@@ -1,0 +1,245 @@
+//! The actor's part that starts a VM and takes a running one over.
+
+use super::actor::{Actor, Live, Reply, Run, Starting, answer_to, reply_all};
+use super::link::Link;
+use super::start_plan::{StartError, StartPlan, Started, unwind};
+use super::stop_reason::Intent;
+use super::{Ask, AttemptFile};
+use crate::crash::{Side, point};
+use banger_api::error::{ErrorBody, ErrorCode};
+use banger_api::vm::BootTimes;
+use banger_core::decide::{Deny, Request};
+use banger_core::phase::{Desired, PausedBy, Phase, StartStep, StopReason};
+use banger_vmm::protocol::Status;
+use std::process::Child;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+impl Actor {
+    pub(super) async fn start(&mut self, starters: Vec<Reply>) {
+        let asked_at = Instant::now();
+        point("start", "desired", Side::Before);
+        let stored = self.change(|record| record.desired = Desired::On).await;
+        point("start", "desired", Side::After);
+        if let Err(error) = stored {
+            for reply in starters {
+                answer_to(reply, Err(error.clone()));
+            }
+            return;
+        }
+        self.note("start", "asked", None);
+        let (steps, receiver) = watch::channel(StartStep::TakeLock);
+        let cancel = CancellationToken::new();
+        let plan = StartPlan {
+            world: Arc::clone(&self.world),
+            record: Arc::clone(&self.record),
+            asked_at,
+            steps,
+            cancel: cancel.clone(),
+        };
+        self.run = Run::Starting(Box::new(Starting {
+            plan: Box::pin(plan.run()),
+            cancel,
+            steps: receiver,
+            starters,
+            cancellers: Vec::new(),
+            then: None,
+        }));
+        self.publish(|view| {
+            view.phase = Phase::Starting {
+                step: StartStep::TakeLock,
+            };
+            view.boot = None;
+        });
+    }
+
+    pub(super) fn cancel_start(&mut self, reply: Reply, then: Option<Ask>) {
+        match &mut self.run {
+            Run::Starting(starting) => {
+                starting.cancel.cancel();
+                starting.cancellers.push(reply);
+                // Of two requests to delete it, the one that purges counts.
+                let purges = starting.then.as_ref().is_some_and(|earlier| earlier.purge);
+                if !purges {
+                    starting.then = then.or(starting.then.take());
+                }
+            }
+            Run::Idle | Run::Live(_) => self.answer(reply),
+        }
+    }
+
+    pub(super) async fn started(&mut self, outcome: Result<Started, StartError>) {
+        let Run::Starting(starting) = std::mem::replace(&mut self.run, Run::Idle) else {
+            return;
+        };
+        let Starting {
+            starters,
+            cancellers,
+            cancel,
+            then,
+            ..
+        } = *starting;
+        match outcome {
+            Ok(started) => {
+                self.note(
+                    "start",
+                    format!("running: {}", started.attempt.reason),
+                    None,
+                );
+                self.adopt(
+                    started.attempt,
+                    started.link,
+                    started.status,
+                    Some(started.shim),
+                );
+                if cancel.is_cancelled() {
+                    self.kill(Intent::Kill).await;
+                    let name = &self.record.name;
+                    let error = ErrorBody::new(
+                        ErrorCode::Cancelled,
+                        format!("the start of `{name}` was cancelled"),
+                    );
+                    reply_all(starters, &Err(error));
+                } else {
+                    reply_all(starters, &Ok(self.view.borrow().clone()));
+                    if !self.record.started_once {
+                        self.change_anyway(|record| record.started_once = true)
+                            .await;
+                    }
+                }
+            }
+            Err(StartError {
+                step,
+                error,
+                cancelled,
+            }) => {
+                let unwound = unwind(&self.world, &self.record).await;
+                let why = if cancelled {
+                    StopReason::StartCancelled
+                } else {
+                    let causes = error.causes.iter().map(|cause| format!(": {cause}"));
+                    let text = std::iter::once(error.message.clone())
+                        .chain(causes)
+                        .collect();
+                    StopReason::StartFailed { step, error: text }
+                };
+                let mut error = error;
+                match unwound {
+                    Ok(problems) => {
+                        error.causes.extend(problems);
+                        self.stopped(why, cancelled, None).await;
+                        self.clear_run("unwind").await;
+                    }
+                    Err(alive) => {
+                        error.causes.push(banger_host::error_chain(&alive));
+                        self.note(
+                            "start",
+                            format!("failed: {why}, and a process of it is alive"),
+                            None,
+                        );
+                        self.run = Run::Live(Box::new(Live::unreachable(AttemptFile::unknown(
+                            &self.world,
+                            &self.record,
+                        ))));
+                        self.unreachable();
+                    }
+                }
+                if error.code == ErrorCode::Internal {
+                    error.code = ErrorCode::StartFailed;
+                }
+                if error.hints.is_empty() {
+                    error.hints.push(format!(
+                        "`banger vm why {}` tells the steps",
+                        self.record.name
+                    ));
+                }
+                reply_all(starters, &Err(error));
+            }
+        }
+        if !cancellers.is_empty() {
+            self.change_anyway(|record| record.desired = Desired::Off)
+                .await;
+            let done = match (&self.run, &then) {
+                (Run::Idle, Some(ask)) => self.trash(ask.purge).await,
+                (Run::Idle, None) => Ok(()),
+                (Run::Starting(_) | Run::Live(_), _) => {
+                    Err(self.denied(Deny::Unreachable, Request::Kill))
+                }
+            };
+            self.publish(|_| {});
+            reply_all(cancellers, &done.map(|()| self.view.borrow().clone()));
+        }
+    }
+
+    /// Takes a running VMM over.
+    pub(super) fn adopt(
+        &mut self,
+        attempt: AttemptFile,
+        link: Link,
+        status: Status,
+        shim: Option<Child>,
+    ) {
+        let commander = link.commander();
+        self.run = Run::Live(Box::new(Live {
+            attempt,
+            link: Some(link),
+            commander: Some(commander),
+            shim,
+            status: None,
+            stopping: None,
+            lock_free: None,
+        }));
+        self.status(status);
+    }
+
+    /// Derives phase, attempt and boot times from what the shim says.
+    pub(super) fn status(&mut self, status: Status) {
+        let Run::Live(live) = &mut self.run else {
+            return;
+        };
+        let mut attempt = live.attempt.to_api();
+        attempt.vmm_pid = Some(status.vmm_pid);
+        attempt.shim_pid = Some(status.shim_pid);
+        let since_asked = |stage: Option<u64>| stage.map(|ms| ms + live.attempt.lead_ms);
+        let boot = BootTimes {
+            vmm_up: since_asked(status.boot.vmm_up),
+            kernel: since_asked(status.boot.kernel),
+            banger_init: since_asked(status.boot.banger_init),
+            agent: since_asked(status.boot.agent),
+            ssh: since_asked(status.boot.ssh),
+            ready: since_asked(status.boot.ready),
+        };
+        let phase = match (&live.stopping, status.paused) {
+            (Some(stopping), _) => Phase::Stopping {
+                deadline: stopping.deadline,
+            },
+            (None, true) if status.disk_full => Phase::Paused {
+                by: PausedBy::FullDisk,
+            },
+            (None, true) => Phase::Paused {
+                by: PausedBy::Person,
+            },
+            (None, false) => Phase::Running {
+                ready: status.ready,
+                reachable: true,
+            },
+        };
+        let became_ready =
+            status.ready && !live.status.as_ref().is_some_and(|earlier| earlier.ready);
+        live.status = Some(status);
+        self.publish(|view| {
+            view.phase = phase;
+            view.attempt = Some(attempt);
+            view.boot = Some(boot.clone());
+        });
+        if became_ready {
+            self.note(
+                "guest",
+                format!("ready after {} ms", boot.ready.unwrap_or_default()),
+                None,
+            );
+        }
+    }
+}
