@@ -14,10 +14,9 @@ use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const VERSION_TIMEOUT: Duration = Duration::from_secs(10);
-const KERNEL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Finds VMMs and judges KVM. Its calls block.
 #[derive(Debug)]
@@ -137,9 +136,12 @@ impl Drivers {
                     vmlinux,
                     qemu::args::find_firmware(),
                 );
-                match (probe::run(&self.keeper_program), second) {
+                let begun = Instant::now();
+                let first = probe::run(&self.keeper_program);
+                let timeout = probe::kernel_timeout(begun.elapsed());
+                match (first, second) {
                     (probe::Verdict::Works, (Some(qemu), Some(vmlinux), Some(firmware))) => {
-                        probe::kernel_boots(&qemu.path, &firmware, vmlinux, KERNEL_TIMEOUT)
+                        probe::kernel_boots(&qemu.path, &firmware, vmlinux, timeout)
                     }
                     (verdict, _) => verdict,
                 }

@@ -24,6 +24,9 @@ const GUEST_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long the whole child may take.
 const CHILD_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long a kernel may take to its first word on an ordinary machine, where it needs a tenth of that.
+const KERNEL_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// What `/dev/kvm` is good for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "verdict", rename_all = "kebab-case")]
@@ -244,6 +247,12 @@ pub fn cached(
     verdict
 }
 
+/// How long a kernel may take to its first word on a machine where [`run`] took `instructions`: one that is itself
+/// emulated, or busy, must not be mistaken for one whose KVM hangs.
+pub fn kernel_timeout(instructions: Duration) -> Duration {
+    (instructions * 60).clamp(KERNEL_TIMEOUT, KERNEL_TIMEOUT * 4)
+}
+
 /// Boots `vmlinux` under `qemu` with KVM until it writes its first byte to the console. The second stage, where
 /// [`run`] said [`Verdict::Works`]. `firmware` is a small one that itself writes nothing, such as `qboot.rom`.
 pub fn kernel_boots(qemu: &Path, firmware: &Path, vmlinux: &Path, timeout: Duration) -> Verdict {
@@ -327,6 +336,12 @@ mod tests {
             }),
             Verdict::NoDevice
         );
+    }
+
+    #[test]
+    fn a_slow_machine_has_longer_for_its_kernel_but_not_for_ever() {
+        let timeout = |ms| kernel_timeout(Duration::from_millis(ms)).as_secs();
+        assert_eq!([timeout(10), timeout(200), timeout(4000)], [5, 12, 20]);
     }
 
     #[test]
