@@ -16,7 +16,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use source::gather;
 use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 /// The kernel's ELF, in a bundle's folder.
 pub const VMLINUX: &str = "vmlinux";
@@ -201,8 +203,7 @@ pub fn build_kernel(
 /// it did. Running VMs keep the initrd that they booted with.
 pub fn refresh_initrd(kernel_dir: &Path, init: &Path) -> Result<bool, KernelError> {
     let mut manifest = read_manifest(kernel_dir)?;
-    let program = std::fs::read(init).map_err(BuildError::io("read", init))?;
-    if hex(&Sha256::digest(&program)) == manifest.init_sha256 && kernel_dir.join(INITRD).exists() {
+    if init_digest(init)? == manifest.init_sha256 && kernel_dir.join(INITRD).exists() {
         return Ok(false);
     }
     let path = kernel_dir.join(INITRD_BASE);
@@ -212,6 +213,34 @@ pub fn refresh_initrd(kernel_dir: &Path, init: &Path) -> Result<bool, KernelErro
     manifest.bytes = size_of(kernel_dir)?;
     write_json(&kernel_dir.join(MANIFEST), &manifest)?;
     Ok(true)
+}
+
+/// What tells one state of a file from another: device, inode, size, and the time of its last change in seconds and
+/// nanoseconds.
+type FileState = (u64, u64, u64, i64, i64);
+
+/// The digest of `init`. Every start asks, so that of the latest state seen is kept.
+fn init_digest(init: &Path) -> Result<String, BuildError> {
+    static LATEST: Mutex<Option<(FileState, String)>> = Mutex::new(None);
+    let metadata = std::fs::metadata(init).map_err(BuildError::io("look at", init))?;
+    let state = (
+        metadata.dev(),
+        metadata.ino(),
+        metadata.len(),
+        metadata.ctime(),
+        metadata.ctime_nsec(),
+    );
+    let mut latest = LATEST.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((known, digest)) = latest.as_ref()
+        && *known == state
+    {
+        return Ok(digest.clone());
+    }
+    // Looked at before it was read: what changes in between has another state next time.
+    let program = std::fs::read(init).map_err(BuildError::io("read", init))?;
+    let digest = hex(&Sha256::digest(&program));
+    *latest = Some((state, digest.clone()));
+    Ok(digest)
 }
 
 fn write_initrd(dir: &Path, base: &[u8], init: &Path) -> Result<String, BuildError> {
