@@ -4,6 +4,10 @@
 
 #![expect(clippy::unwrap_used, reason = "all of this is a test")]
 
+mod inside;
+
+use inside::{Seconds, World, boot};
+use serde_json::Value;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -93,8 +97,7 @@ fn an_ordinary_kernel_boots_under_qemu_with_kvm() {
 #[test]
 #[ignore = "runs inside the test host"]
 fn the_same_kernel_boots_under_firecracker() {
-    if !Path::new("/usr/local/bin/firecracker").exists() {
-        eprintln!("SKIPPED: the_same_kernel_boots_under_firecracker: no firecracker came along");
+    if !has_firecracker("the_same_kernel_boots_under_firecracker") {
         return;
     }
     let (kernel, image) = (fixture("kernels"), fixture("images"));
@@ -119,4 +122,216 @@ fn the_same_kernel_boots_under_firecracker() {
         "FIRECRACKER RUN: the default kernel with banger's initrd, by hand: init after {:.1} s",
         time.as_secs_f64()
     );
+}
+
+#[test]
+#[ignore = "runs inside the test host"]
+fn the_probe_says_that_kvm_runs_guests_and_firecracker_is_the_default() {
+    let start = Instant::now();
+    let output = inside::command("banger-netns")
+        .arg("--probe-kvm")
+        .output()
+        .unwrap();
+    let probed = Seconds(start.elapsed());
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        r#"{"verdict":"works"}"#
+    );
+    let world = World::new();
+    let daemon = world.timed(&["daemon", "start"]);
+    let start = Instant::now();
+    let drivers = world.json(&["driver", "list"]);
+    let listed = Seconds(start.elapsed());
+    let driver = |name: &str| {
+        let drivers = drivers.as_array().unwrap();
+        drivers
+            .iter()
+            .find(|driver| driver["driver"] == name)
+            .unwrap()
+    };
+    let qemu = driver("qemu");
+    assert_eq!(
+        (&qemu["usable"], &qemu["reason"]),
+        (&true.into(), &"with KVM".into())
+    );
+    println!("PROBE: instructions {probed}, daemon up {daemon}, a kernel's first word {listed}");
+    // The verdict's limit; what is above it is two starts of `banger` on an emulated machine.
+    assert!(listed.0 < Duration::from_secs(5), "{listed}");
+    if has_firecracker("the_probe_says_that_kvm_runs_guests_and_firecracker_is_the_default") {
+        let firecracker = driver("firecracker");
+        assert_eq!(
+            (&firecracker["usable"], &firecracker["default"]),
+            (&true.into(), &true.into())
+        );
+    }
+    world.leaves_nothing();
+}
+
+#[test]
+#[ignore = "runs inside the test host"]
+fn a_vm_lives_its_whole_life_under_qemu_with_kvm() {
+    let world = World::new();
+    let vm = create(&world, "calm", &["--driver", "qemu"]);
+    assert_eq!(
+        (&vm["attempt"]["driver"], &vm["attempt"]["accelerator"]),
+        (&"qemu".into(), &"kvm".into())
+    );
+    println!("QEMU RUN: create: {}", boot(&vm));
+    pauses_and_resumes(&world, "calm");
+    let took = world.timed(&["vm", "stop", "calm"]);
+    assert_eq!(world.stop_reason("calm"), "asked");
+    println!("QEMU RUN: stop: {took}");
+    for (command, reason) in [("poweroff", "guest-poweroff"), ("reboot", "guest-reboot")] {
+        let stages = world.start("calm");
+        let (why, took) = world.ends_itself("calm", command);
+        assert_eq!(why, reason);
+        println!("QEMU RUN: start, then {command} from inside: {stages}; stopped {took} after");
+    }
+    world.banger(&["vm", "start", "calm"]);
+    let took = world.timed(&["vm", "kill", "calm"]);
+    assert_eq!(world.stop_reason("calm"), "killed");
+    println!("QEMU RUN: kill: {took}");
+    world.banger(&["vm", "delete", "calm", "--purge"]);
+    world.leaves_nothing();
+}
+
+#[test]
+#[ignore = "runs inside the test host"]
+fn a_vm_lives_its_whole_life_under_firecracker() {
+    if !has_firecracker("a_vm_lives_its_whole_life_under_firecracker") {
+        return;
+    }
+    let world = World::new();
+    let vm = create(&world, "otter", &[]);
+    assert_eq!(vm["attempt"]["driver"], "firecracker", "{vm:#}");
+    println!("FIRECRACKER RUN: create: {}", boot(&vm));
+    assert_eq!(world.ssh("otter", "hostname").trim(), "otter");
+    println!(
+        "FIRECRACKER RUN: the shim while it runs: PSS {} KiB",
+        pss_kib(&vm["attempt"]["shim_pid"])
+    );
+    pauses_and_resumes(&world, "otter");
+    world.ssh("otter", "echo kept > /root/mark && sync");
+
+    let taken_over = kill_daemon_and_look(&world, "otter", &vm["attempt"]["vmm_pid"]);
+    println!("FIRECRACKER RUN: daemon killed: taken over after {taken_over}, same VMM");
+    let took = world.timed(&["vm", "stop", "otter"]);
+    assert_eq!(world.stop_reason("otter"), "asked");
+    println!("FIRECRACKER RUN: stop by the agent: {took}");
+    for (command, reason) in [("poweroff", "guest-poweroff"), ("reboot", "guest-reboot")] {
+        let stages = world.start("otter");
+        let (why, took) = world.ends_itself("otter", command);
+        assert_eq!(why, reason);
+        println!(
+            "FIRECRACKER RUN: start, then {command} from inside: {stages}; stopped {took} after"
+        );
+    }
+    world.banger(&["vm", "start", "otter"]);
+    let took = world.timed(&["vm", "kill", "otter"]);
+    assert_eq!(world.stop_reason("otter"), "killed");
+    println!("FIRECRACKER RUN: kill: {took}");
+
+    // Without its VMM, the driver that is left runs the same files.
+    world.banger(&["daemon", "stop"]);
+    world.configure("[driver]\nfirecracker = \"/nonexistent/firecracker\"\n");
+    let stages = world.start("otter");
+    assert_eq!(world.vm("otter")["attempt"]["driver"], "qemu");
+    assert_eq!(world.ssh("otter", "cat /root/mark").trim(), "kept");
+    println!("QEMU RUN: what ran under Firecracker before: {stages}");
+    world.banger(&["vm", "stop", "otter"]);
+    world.banger(&["vm", "delete", "otter", "--purge"]);
+    world.leaves_nothing();
+}
+
+#[test]
+#[ignore = "runs inside the test host"]
+fn a_copied_root_and_a_work_disk_survive_a_stop_under_firecracker() {
+    if !has_firecracker("a_copied_root_and_a_work_disk_survive_a_stop_under_firecracker") {
+        return;
+    }
+    let world = World::new();
+    let options = [
+        "--driver",
+        "firecracker",
+        "--storage",
+        "copy",
+        "--disk-size",
+        "64M",
+    ];
+    let vm = create(&world, "heron", &options);
+    assert_eq!(vm["spec"]["storage"], "copy");
+    println!(
+        "FIRECRACKER RUN: create with a copied root and a work disk: {}",
+        boot(&vm)
+    );
+    let mounts = world.ssh("heron", "cat /proc/mounts");
+    for mount in ["/dev/vda / ext4 rw", "/dev/vdd /data ext4 rw"] {
+        assert!(mounts.contains(mount), "{mounts}");
+    }
+    world.ssh("heron", "echo root > /root/mark; echo disk > /data/mark");
+    world.banger(&["vm", "stop", "heron"]);
+    assert_eq!(world.stop_reason("heron"), "asked");
+    let stages = world.start("heron");
+    assert_eq!(
+        world.ssh("heron", "cat /root/mark /data/mark"),
+        "root\ndisk\n"
+    );
+    println!("FIRECRACKER RUN: start, with what was written before: {stages}");
+    world.banger(&["vm", "delete", "heron", "--force", "--purge"]);
+    world.leaves_nothing();
+}
+
+/// A small VM of the tiny image that is ready.
+fn create(world: &World, name: &str, options: &[&str]) -> Value {
+    let args = [
+        "vm", "create", "--name", name, "--image", "tiny", "--memory", "256", "--vcpu", "1",
+        "--wait",
+    ];
+    world.banger(&[&args[..], options].concat());
+    let vm = world.vm(name);
+    assert_eq!(vm["phase"]["ready"], true, "{vm:#}");
+    vm
+}
+
+fn pauses_and_resumes(world: &World, name: &str) {
+    let pause = world.timed(&["vm", "pause", name]);
+    let vm = world.vm(name);
+    assert_eq!(vm["phase"]["state"], "paused", "{vm:#}");
+    let resume = world.timed(&["vm", "resume", name]);
+    let start = Instant::now();
+    world.ssh(name, "true");
+    let ssh = Seconds(start.elapsed());
+    let driver = vm["attempt"]["driver"].as_str().unwrap().to_uppercase();
+    println!("{driver} RUN: pause, resume: {pause}, {resume}; ssh afterwards: {ssh}");
+}
+
+/// SIGKILLs the daemon and has another one started, which finds the VM as it was. Gives the time that took.
+fn kill_daemon_and_look(world: &World, name: &str, vmm: &Value) -> Seconds {
+    let daemon = world.json(&["daemon", "status"])["pid"].clone();
+    let pid = rustix::process::Pid::from_raw(i32::try_from(daemon.as_i64().unwrap()).unwrap());
+    rustix::process::kill_process(pid.unwrap(), rustix::process::Signal::KILL).unwrap();
+    let start = Instant::now();
+    let vms = world.json(&["vm", "list"]);
+    let took = Seconds(start.elapsed());
+    assert_eq!(vms[0]["phase"]["state"], "running", "{vms:#}");
+    assert_eq!(vms[0]["phase"]["reachable"], true, "{vms:#}");
+    assert_ne!(world.json(&["daemon", "status"])["pid"], daemon);
+    assert_eq!(&world.vm(name)["attempt"]["vmm_pid"], vmm);
+    world.ssh(name, "true");
+    took
+}
+
+fn pss_kib(pid: &Value) -> u64 {
+    let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let pss = rollup.lines().find_map(|line| line.strip_prefix("Pss:"));
+    pss.unwrap().trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// Whether a Firecracker came along; says that the test is skipped if not.
+fn has_firecracker(test: &str) -> bool {
+    let found = Path::new("/usr/local/bin/firecracker").exists();
+    if !found {
+        eprintln!("SKIPPED: {test}: no firecracker came along");
+    }
+    found
 }

@@ -1,0 +1,238 @@
+//! One test's banger: a home of its own, its daemon, and what the machine was before.
+
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+/// Seconds that any one command may take.
+const COMMAND_SECONDS: &str = "90";
+
+/// How long what a daemon leaves may take to be gone after it.
+const TEARDOWN_LIMIT: Duration = Duration::from_secs(10);
+
+/// A daemon's world. Ends its VMs and its daemon when it goes.
+pub(crate) struct World {
+    home: tempfile::TempDir,
+    before: BTreeSet<String>,
+}
+
+impl World {
+    /// An empty one, whose daemon finds the tests' image and kernel.
+    pub(crate) fn new() -> Self {
+        let home = tempfile::tempdir_in("/var/tmp").unwrap();
+        let before = host_objects();
+        let world = Self { home, before };
+        let data = world.path("data/banger");
+        std::fs::create_dir_all(&data).unwrap();
+        // Hard links: the copy's files are never written to, only replaced.
+        copy(&["-al"], &fixtures().join("."), &data);
+        world
+    }
+
+    fn path(&self, path: &str) -> PathBuf {
+        self.home.path().join(path)
+    }
+
+    /// Writes the daemon's settings.
+    pub(crate) fn configure(&self, settings: &str) {
+        let folder = self.path("config/banger");
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("config.toml"), settings).unwrap();
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = command("timeout");
+        command
+            .args([COMMAND_SECONDS, "banger"])
+            .args(args)
+            .env("HOME", self.home.path())
+            .env("XDG_CONFIG_HOME", self.path("config"))
+            .env("XDG_STATE_HOME", self.path("state"))
+            .env("XDG_DATA_HOME", self.path("data"))
+            .env("XDG_CACHE_HOME", self.path("cache"))
+            .env("XDG_RUNTIME_DIR", self.path("run"));
+        command
+    }
+
+    /// Runs banger, which must succeed, and gives its standard output.
+    pub(crate) fn banger(&self, args: &[&str]) -> String {
+        let output = self.command(args).output().unwrap();
+        assert!(
+            output.status.success(),
+            "`banger {}` failed: {}\n{}{}{}",
+            args.join(" "),
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+            self.story(),
+        );
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// As [`World::banger`], with the time that it took.
+    pub(crate) fn timed(&self, args: &[&str]) -> Seconds {
+        let start = Instant::now();
+        self.banger(args);
+        Seconds(start.elapsed())
+    }
+
+    pub(crate) fn json(&self, args: &[&str]) -> Value {
+        let args = [args, &["--json"]].concat();
+        serde_json::from_str(&self.banger(&args)).unwrap()
+    }
+
+    /// The VM as it is now.
+    pub(crate) fn vm(&self, name: &str) -> Value {
+        self.json(&["vm", "show", name])
+    }
+
+    /// Runs a command in the guest, which must succeed there.
+    pub(crate) fn ssh(&self, name: &str, guest_command: &str) -> String {
+        self.banger(&["vm", "ssh", name, "--", guest_command])
+    }
+
+    /// Starts a stopped VM and waits until it is ready. Gives the stages of its boot.
+    pub(crate) fn start(&self, name: &str) -> String {
+        self.banger(&["vm", "start", name]);
+        self.banger(&["vm", "wait", name, "--timeout", "80s"]);
+        boot(&self.vm(name))
+    }
+
+    /// Has the guest end itself and waits for it. Gives the reason that banger saw.
+    pub(crate) fn ends_itself(&self, name: &str, guest_command: &str) -> (String, Seconds) {
+        // The connection may go down before the command's exit code comes.
+        let _ = self
+            .command(&["vm", "ssh", name, "--", guest_command])
+            .output();
+        let start = Instant::now();
+        self.banger(&["vm", "wait", name, "--for", "stopped", "--timeout", "30s"]);
+        let took = Seconds(start.elapsed());
+        (self.stop_reason(name), took)
+    }
+
+    pub(crate) fn stop_reason(&self, name: &str) -> String {
+        let vm = self.vm(name);
+        assert_eq!(vm["phase"]["state"], "stopped", "{vm:#}");
+        vm["phase"]["why"]["reason"].as_str().unwrap().to_owned()
+    }
+
+    /// What happened to each VM, for a failed test.
+    fn story(&self) -> String {
+        let folders = std::fs::read_dir(self.path("state/banger/vms"));
+        let mut story = String::new();
+        for folder in folders.into_iter().flatten().flatten() {
+            let id = folder.file_name().to_string_lossy().into_owned();
+            let why = self.command(&["vm", "why", &id]).output().unwrap();
+            story.push_str(&String::from_utf8_lossy(&why.stdout));
+            for file in ["console.log", "vmm.log"] {
+                let text = std::fs::read(folder.path().join(file)).unwrap_or_default();
+                let end = text.len().saturating_sub(2000);
+                let text = String::from_utf8_lossy(&text[end..]);
+                story.push_str(&format!("--- {file}\n{}\n", text.escape_debug()));
+            }
+        }
+        story.replace("\\n", "\n")
+    }
+
+    /// Stops the daemon, which has no running VM; the machine is then what it was before.
+    pub(crate) fn leaves_nothing(self) {
+        self.banger(&["daemon", "stop"]);
+        // The namespace's keeper ends because the daemon did, and the kernel takes a namespace apart afterwards.
+        let deadline = Instant::now() + TEARDOWN_LIMIT;
+        while host_objects() != self.before && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        assert_eq!(host_objects(), self.before);
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if self.path("state/banger").exists() {
+            let _ = self.command(&["daemon", "stop", "--vms"]).output();
+        }
+    }
+}
+
+/// A time for people.
+#[derive(Clone, Copy)]
+pub(crate) struct Seconds(pub(crate) Duration);
+
+impl std::fmt::Display for Seconds {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:.1} s", self.0.as_secs_f64())
+    }
+}
+
+/// The stages of a boot, in seconds from the request to start.
+pub(crate) fn boot(vm: &Value) -> String {
+    let stages: Vec<String> = ["vmm_up", "kernel", "agent", "banger_init", "ssh", "ready"]
+        .iter()
+        .map(|stage| {
+            let ms = vm["boot"][stage]
+                .as_f64()
+                .unwrap_or_else(|| panic!("the boot's stage {stage} was never told: {vm:#}"));
+            format!("{stage} {:.1} s", ms / 1000.0)
+        })
+        .collect();
+    stages.join(", ")
+}
+
+pub(crate) fn command(program: &str) -> Command {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a test runs the programs as a person would"
+    )]
+    Command::new(program)
+}
+
+/// The tests' images and kernels, on the filesystem that the tests' homes are on.
+fn fixtures() -> &'static Path {
+    static COPY: OnceLock<PathBuf> = OnceLock::new();
+    COPY.get_or_init(|| {
+        let target = PathBuf::from("/var/tmp/fixtures");
+        let from = Path::new(&std::env::var("BANGER_TEST_FIXTURES").unwrap()).join("banger");
+        copy(&["-r"], &from, &target);
+        target
+    })
+}
+
+fn copy(options: &[&str], from: &Path, to: &Path) {
+    let status = command("cp").args(options).arg(from).arg(to).status();
+    assert!(status.unwrap().success());
+}
+
+/// What banger could leave behind, from the kernel's own view: processes, namespaces, links, routes and rules.
+fn host_objects() -> BTreeSet<String> {
+    let mut objects = BTreeSet::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let process = entry.path();
+        let Ok(program) = std::fs::read_link(process.join("exe")) else {
+            continue;
+        };
+        let name = program.file_name().unwrap().to_string_lossy();
+        if name.starts_with("banger") || name.starts_with("qemu") || name.starts_with("firecracker")
+        {
+            objects.insert(format!("process {} {name}", process.display()));
+        }
+        // None when it is ending.
+        if let Ok(namespace) = std::fs::read_link(process.join("ns/net")) {
+            objects.insert(format!("namespace {}", namespace.display()));
+        }
+    }
+    for (what, program, args) in [
+        ("link", "ip", &["-brief", "link"][..]),
+        ("address", "ip", &["-brief", "address"]),
+        ("route", "ip", &["route", "show", "table", "all"]),
+        ("rule", "nft", &["list", "ruleset"]),
+    ] {
+        let output = command(program).args(args).output().unwrap();
+        assert!(output.status.success(), "`{program}` failed");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        objects.extend(text.lines().map(|line| format!("{what} {}", line.trim())));
+    }
+    objects
+}
