@@ -39,7 +39,7 @@ usage: cargo xtask VERB
   demo                           from nothing to a command run in a VM
   test                           everything that proves that banger works
   testhost -- COMMAND...         run COMMAND in an emulated machine with a working KVM
-  bench [NAME...]                ratios against the bare thing
+  bench [--dist DIR] [NAME...]   ratios against the bare thing, of the programs in DIR or of a release build
 ";
 
 fn main() -> ExitCode {

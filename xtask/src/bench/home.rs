@@ -34,6 +34,7 @@ impl Home {
     /// A new home with a running daemon, and with the kernel and the images in it.
     pub(super) fn new(dist: &Path, images: Images) -> Result<Self> {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        end_left_over(dist);
         let store = fill_store(dist, images)?;
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         // Not in the folder for temporary files, which is often in memory, where no bench waits for a disk.
@@ -159,6 +160,31 @@ impl Drop for Home {
     }
 }
 
+/// Ends the worlds of benches that were broken off.
+fn end_left_over(dist: &Path) {
+    for entry in std::fs::read_dir(target()).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let Some(pid) = name.to_str().and_then(process_of) else {
+            continue;
+        };
+        if Path::new("/proc").join(pid.to_string()).exists() {
+            continue;
+        }
+        eprintln!(
+            "ending what an earlier bench left: {}",
+            entry.path().display()
+        );
+        drop(Home::at(dist, entry.path(), false));
+    }
+}
+
+/// The process whose bench has a home of this name.
+fn process_of(name: &str) -> Option<u32> {
+    let (pid, number) = name.strip_prefix("bench-")?.split_once('-')?;
+    number.parse::<usize>().ok()?;
+    pid.parse().ok()
+}
+
 /// What benches make once and keep.
 pub(super) fn store() -> PathBuf {
     target().join("bench-store")
@@ -197,4 +223,17 @@ pub(super) fn seconds_of(command: &mut Command) -> Result<f64> {
     let start = Instant::now();
     succeed(command)?;
     Ok(start.elapsed().as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_home_is_taken_for_one() {
+        assert_eq!(process_of("bench-12-0"), Some(12));
+        for other in ["bench-store", "bench-12", "bench-12-x", "debug"] {
+            assert_eq!(process_of(other), None, "{other}");
+        }
+    }
 }
