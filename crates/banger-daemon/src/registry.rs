@@ -39,6 +39,7 @@ struct State {
     handles: BTreeMap<VmId, Handle>,
     /// Names and addresses of VMs that are being created.
     reserved_names: HashSet<VmName>,
+    reserved_keys: HashSet<String>,
     reserved_addresses: HashSet<Ipv4Addr>,
     last_address: Option<Ipv4Addr>,
     /// Creations by idempotency key.
@@ -48,6 +49,7 @@ struct State {
 /// A name and an address, given back unless a VM took them.
 struct Reservation {
     registry: Arc<Registry>,
+    key: Option<String>,
     name: VmName,
     address: Ipv4Addr,
 }
@@ -56,6 +58,9 @@ impl Drop for Reservation {
     fn drop(&mut self) {
         let mut state = self.registry.state();
         state.reserved_names.remove(&self.name);
+        if let Some(key) = &self.key {
+            state.reserved_keys.remove(key);
+        }
         state.reserved_addresses.remove(&self.address);
     }
 }
@@ -125,10 +130,21 @@ impl Registry {
         self: &Arc<Self>,
         world: &World,
         name: Option<VmName>,
+        key: Option<String>,
     ) -> Result<Reservation, ErrorBody> {
         let seed = keys::random::<8>().map(u64::from_le_bytes);
         let seed = seed.map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
         let mut state = self.state();
+        if key
+            .as_ref()
+            .is_some_and(|key| state.reserved_keys.contains(key))
+        {
+            return Err(ErrorBody::new(
+                ErrorCode::Conflict,
+                "a VM is being created under the same idempotency key",
+            )
+            .hint("repeat the request when that is done: it answers the VM that was made"));
+        }
         let mut names = HashSet::new();
         let mut addresses = HashSet::new();
         for handle in state.handles.values() {
@@ -163,9 +179,11 @@ impl Registry {
             })?;
         state.last_address = Some(address);
         state.reserved_names.insert(name.clone());
+        state.reserved_keys.extend(key.clone());
         state.reserved_addresses.insert(address);
         Ok(Reservation {
             registry: Arc::clone(self),
+            key,
             name,
             address,
         })
@@ -180,11 +198,8 @@ impl Registry {
     ) -> Result<Handle, ErrorBody> {
         let repeated = key.as_ref().and_then(|key| {
             let state = self.state();
-            state
-                .created
-                .get(key)
-                .and_then(|id| state.handles.get(id))
-                .cloned()
+            let made = state.created.get(key).and_then(|id| state.handles.get(id));
+            made.filter(|handle| !handle.view.borrow().purged).cloned()
         });
         let handle = match repeated {
             Some(handle) => handle,
@@ -214,7 +229,7 @@ impl Registry {
         let id = VmId::from_uuid(Uuid::now_v7());
         let record = self.draft(world, request, id, key.clone());
         let (record, reservation) = match record.and_then(|draft| {
-            let reservation = self.reserve(world, name)?;
+            let reservation = self.reserve(world, name, key)?;
             Ok((draft.complete(&reservation), reservation))
         }) {
             Ok(made) => made,
