@@ -227,7 +227,13 @@ impl Registry {
                 .hint("a name is a DNS label: up to 63 of a-z, 0-9 and inner hyphens")
         })?;
         let id = VmId::from_uuid(Uuid::now_v7());
-        let record = self.draft(world, request, id, key.clone());
+        let record = {
+            // Choosing a driver may have to probe KVM, which takes seconds once for each boot of the host.
+            let (world, request, key) = (Arc::clone(world), request.clone(), key.clone());
+            tokio::task::spawn_blocking(move || draft(&world, &request, id, key)).await
+        };
+        let record =
+            record.unwrap_or_else(|error| Err(ErrorBody::from_error(ErrorCode::Internal, &error)));
         let (record, reservation) = match record.and_then(|draft| {
             let reservation = self.reserve(world, name, key)?;
             Ok((draft.complete(&reservation), reservation))
@@ -257,81 +263,80 @@ impl Registry {
         });
         Ok(handle)
     }
+}
 
-    /// Checks the request and everything it names.
-    fn draft(
-        &self,
-        world: &World,
-        request: &CreateVm,
-        id: VmId,
-        idempotency_key: Option<String>,
-    ) -> Result<Draft, ErrorBody> {
-        let defaults = &world.config.defaults;
-        let choose = |asked: Option<u64>, configured: Option<u64>, fallback| {
-            asked.or(configured).unwrap_or(fallback)
-        };
-        let vcpus = convert::vcpus(choose(request.vcpus, defaults.vcpus, DEFAULT_VCPUS))?;
-        let memory_mib = convert::memory(choose(
-            request.memory_mib,
-            defaults.memory_mib,
-            DEFAULT_MEMORY_MIB,
-        ))?;
-        let overlay_bytes = convert::disk(choose(
-            request.overlay_bytes,
-            defaults.overlay_bytes,
-            DEFAULT_OVERLAY_BYTES,
-        ))?;
-        let disk_bytes: Option<DiskBytes> = request.disk_bytes.map(convert::disk).transpose()?;
-        let image_query = request
-            .image
-            .as_deref()
-            .or(defaults.image.as_deref())
-            .unwrap_or(DEFAULT_NAME);
-        let kernel_query = request
-            .kernel
-            .as_deref()
-            .or(defaults.kernel.as_deref())
-            .unwrap_or(DEFAULT_NAME);
-        let image = world.images.pin_image(image_query, id)?;
-        let kernel = world.images.pin_kernel(kernel_query, id)?;
-        let driver = match request.driver {
-            DriverChoice::Auto => world.config.driver.choice,
-            asked => asked,
-        };
-        let storage = match request.storage {
-            StorageChoice::Auto => world.config.storage.choice,
-            asked => asked,
-        };
-        let (storage, storage_reason) = resolve_storage(storage);
-        if request.start {
-            // What cannot run is not created.
-            let vmlinux = world
-                .images
-                .kernel_folder(kernel.manifest.id)
-                .join(banger_image::kernel::VMLINUX);
-            world.drivers.choose(driver, Some(&vmlinux))?;
-        }
-        let keys = keys::generate("banger")
-            .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
-        let spec = VmSpec {
-            image: image.manifest.id,
-            kernel: kernel.manifest.id,
-            vcpus,
-            memory_mib,
-            overlay_bytes,
-            disk_bytes,
-            driver,
-            storage,
-        };
-        Ok(Draft {
-            id,
-            spec,
-            keys,
-            image_digest: image.manifest.sha256,
-            storage_reason: storage_reason.to_owned(),
-            idempotency_key,
-        })
+/// Checks the request and everything it names.
+fn draft(
+    world: &World,
+    request: &CreateVm,
+    id: VmId,
+    idempotency_key: Option<String>,
+) -> Result<Draft, ErrorBody> {
+    let defaults = &world.config.defaults;
+    let choose = |asked: Option<u64>, configured: Option<u64>, fallback| {
+        asked.or(configured).unwrap_or(fallback)
+    };
+    let vcpus = convert::vcpus(choose(request.vcpus, defaults.vcpus, DEFAULT_VCPUS))?;
+    let memory_mib = convert::memory(choose(
+        request.memory_mib,
+        defaults.memory_mib,
+        DEFAULT_MEMORY_MIB,
+    ))?;
+    let overlay_bytes = convert::disk(choose(
+        request.overlay_bytes,
+        defaults.overlay_bytes,
+        DEFAULT_OVERLAY_BYTES,
+    ))?;
+    let disk_bytes: Option<DiskBytes> = request.disk_bytes.map(convert::disk).transpose()?;
+    let image_query = request
+        .image
+        .as_deref()
+        .or(defaults.image.as_deref())
+        .unwrap_or(DEFAULT_NAME);
+    let kernel_query = request
+        .kernel
+        .as_deref()
+        .or(defaults.kernel.as_deref())
+        .unwrap_or(DEFAULT_NAME);
+    let image = world.images.pin_image(image_query, id)?;
+    let kernel = world.images.pin_kernel(kernel_query, id)?;
+    let driver = match request.driver {
+        DriverChoice::Auto => world.config.driver.choice,
+        asked => asked,
+    };
+    let storage = match request.storage {
+        StorageChoice::Auto => world.config.storage.choice,
+        asked => asked,
+    };
+    let (storage, storage_reason) = resolve_storage(storage);
+    if request.start {
+        // What cannot run is not created.
+        let vmlinux = world
+            .images
+            .kernel_folder(kernel.manifest.id)
+            .join(banger_image::kernel::VMLINUX);
+        world.drivers.choose(driver, Some(&vmlinux))?;
     }
+    let keys = keys::generate("banger")
+        .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
+    let spec = VmSpec {
+        image: image.manifest.id,
+        kernel: kernel.manifest.id,
+        vcpus,
+        memory_mib,
+        overlay_bytes,
+        disk_bytes,
+        driver,
+        storage,
+    };
+    Ok(Draft {
+        id,
+        spec,
+        keys,
+        image_digest: image.manifest.sha256,
+        storage_reason: storage_reason.to_owned(),
+        idempotency_key,
+    })
 }
 
 /// A VM that lacks only its name and address.
