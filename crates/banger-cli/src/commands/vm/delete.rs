@@ -1,6 +1,6 @@
 //! `banger vm delete`.
 
-use super::for_each;
+use super::{for_each, render};
 use crate::complete;
 use crate::context::with_daemon;
 use crate::output::OutputArgs;
@@ -37,7 +37,12 @@ pub(crate) fn run(args: DeleteArgs) -> Outcome {
         purge: args.purge,
     };
     with_daemon(async |_, daemon| {
-        for_each(&daemon, &args.vms, args.output, |client, name| {
+        let line = if args.purge {
+            render::purged
+        } else {
+            render::line
+        };
+        for_each(&daemon, &args.vms, args.output, line, |client, name| {
             let request = request.clone();
             async move {
                 client

@@ -1,6 +1,6 @@
 //! `banger vm start`, `pause`, `resume` and `kill`: verbs that take nothing but names.
 
-use super::for_each;
+use super::{for_each, render};
 use crate::complete;
 use crate::context::with_daemon;
 use crate::output::OutputArgs;
@@ -68,9 +68,13 @@ pub(crate) fn kill(args: KillArgs) -> Outcome {
 
 fn each<E: Endpoint<Request = Nothing, Reply = Vm>>(args: Vms) -> Outcome {
     with_daemon(async |_, daemon| {
-        for_each(&daemon, &args.vms, args.output, |client, name| async move {
-            client.call::<E>(&[("vm", &name)], &Nothing {}).await
-        })
+        for_each(
+            &daemon,
+            &args.vms,
+            args.output,
+            render::line,
+            |client, name| async move { client.call::<E>(&[("vm", &name)], &Nothing {}).await },
+        )
         .await
     })
 }

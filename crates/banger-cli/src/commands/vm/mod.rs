@@ -75,6 +75,7 @@ async fn for_each<F>(
     daemon: &Daemon,
     names: &[String],
     output: OutputArgs,
+    line: impl Fn(&Vm) -> String,
     call: impl Fn(Client, String) -> F,
 ) -> Outcome
 where
@@ -99,7 +100,7 @@ where
     match (output.json, names) {
         (true, [_]) => vms.iter().try_for_each(json)?,
         (true, _) => json(&vms)?,
-        (false, _) => print(&vms.iter().map(render::line).collect::<String>())?,
+        (false, _) => print(&vms.iter().map(line).collect::<String>())?,
     }
     Ok(worst(&failures))
 }

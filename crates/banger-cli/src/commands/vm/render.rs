@@ -65,6 +65,11 @@ pub(super) fn line(vm: &Vm) -> String {
     format!("{}: {}\n", vm.name, escape::line(&phase))
 }
 
+/// What is left to say of a VM that is gone for ever.
+pub(super) fn purged(vm: &Vm) -> String {
+    format!("{}: purged\n", vm.name)
+}
+
 /// A list of VMs as a table.
 pub(super) fn list(vms: &[Vm], trash: bool) -> String {
     let mut header = vec![

@@ -1,6 +1,6 @@
 //! `banger vm stop` and `banger vm restart`.
 
-use super::for_each;
+use super::{for_each, render};
 use crate::complete;
 use crate::context::with_daemon;
 use crate::output::OutputArgs;
@@ -51,11 +51,17 @@ pub(crate) fn restart(args: RestartArgs) -> Outcome {
 fn each<E: Endpoint<Request = StopVm, Reply = Vm>>(args: Vms) -> Outcome {
     let timeout_ms = args.timeout.map(value::milliseconds);
     with_daemon(async |_, daemon| {
-        for_each(&daemon, &args.vms, args.output, |client, name| async move {
-            client
-                .call::<E>(&[("vm", &name)], &StopVm { timeout_ms })
-                .await
-        })
+        for_each(
+            &daemon,
+            &args.vms,
+            args.output,
+            render::line,
+            |client, name| async move {
+                client
+                    .call::<E>(&[("vm", &name)], &StopVm { timeout_ms })
+                    .await
+            },
+        )
         .await
     })
 }
