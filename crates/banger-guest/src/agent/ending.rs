@@ -300,7 +300,9 @@ mod tests {
 
     #[test]
     fn an_init_that_waits_for_signals_is_told_by_its_system_call() {
-        assert!(waits_for_signals("128 0x7ffd 0x0 0x0 0x8 0x0 0x0 0x7f 0x7f\n"));
+        assert!(waits_for_signals(
+            "128 0x7ffd 0x0 0x0 0x8 0x0 0x0 0x7f 0x7f\n"
+        ));
         assert!(!waits_for_signals("1280 0x0\n"));
         assert!(!waits_for_signals("running\n"));
         assert!(!waits_for_signals(""));
