@@ -32,8 +32,8 @@ pub fn run() -> ExitCode {
             );
         }
     };
-    let machine = match start::start(launch, descriptors) {
-        Ok(machine) => machine,
+    let (machine, _watch) = match start::start(launch, descriptors) {
+        Ok(started) => started,
         Err(failure) => return refuse(failure.error, failure.stderr),
     };
     let running = Launched::Running {

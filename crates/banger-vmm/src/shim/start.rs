@@ -45,8 +45,12 @@ fn failed<E: Display>(what: impl Display) -> impl FnOnce(E) -> Failure {
     move |error| format!("{what}: {error}").into()
 }
 
-/// Starts the VMM of `launch`.
-pub(super) fn start(launch: Launch, descriptors: Vec<OwnedFd>) -> Result<Machine, Failure> {
+/// Starts the VMM of `launch`. Also gives the watch of its run folder: the kernel takes milliseconds to close one, and
+/// somebody waits, so it is kept for as long as the VM runs.
+pub(super) fn start(
+    launch: Launch,
+    descriptors: Vec<OwnedFd>,
+) -> Result<(Machine, OwnedFd), Failure> {
     // A session of its own: no terminal's signal reaches it. It fails only where there is one already.
     let _ = rustix::process::setsid();
     rustix::process::umask(Mode::from_raw_mode(0o077));
@@ -105,7 +109,7 @@ pub(super) fn start(launch: Launch, descriptors: Vec<OwnedFd>) -> Result<Machine
     let mut machine = Machine::new(launch, child, started, files, control, agent, clients)
         .map_err(failed("cannot watch the VMM"))?;
     match prove_life(&mut machine, &watch, started) {
-        Ok(()) => Ok(machine),
+        Ok(()) => Ok((machine, watch)),
         Err(error) => Err(machine.abandon(error)),
     }
 }
