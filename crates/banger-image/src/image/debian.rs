@@ -9,9 +9,11 @@ use crate::tree::{Entry, Kind, Tree};
 use crate::unpack::{copy, field, spool_file};
 use sha2::{Digest, Sha256};
 use std::ffi::OsString;
-use std::path::Path;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use uuid::Uuid;
 
 const UNITS: &str = include_str!("../../recipes/debian/units.txt");
 const SSH_SERVICE: &str = include_str!("../../recipes/debian/ssh.service");
@@ -142,6 +144,7 @@ fn bootstrap(
     arguments.extend([host.suite.as_str(), "-"].map(OsString::from));
     arguments.extend(sources.iter().map(OsString::from));
     let folder = context.cache_dir.as_path();
+    let work = WorkFolder::make()?;
     let mut file = spool_file(folder)?;
     let mut hash = Sha256::new();
     let mut told = 0;
@@ -151,7 +154,10 @@ fn bootstrap(
         arguments,
         // A user's cache may be closed to the ids that mmdebstrap runs as.
         folder: Some(Path::new("/")),
-        environment: vec![("SOURCE_DATE_EPOCH", EPOCH.to_string().into())],
+        environment: vec![
+            ("SOURCE_DATE_EPOCH", EPOCH.to_string().into()),
+            ("TMPDIR", work.path.clone().into()),
+        ],
         limit: Duration::from_secs(3600),
         stage: Some("packages"),
     };
@@ -175,6 +181,55 @@ fn bootstrap(
     })?;
     outcome.check("mmdebstrap")?;
     Ok((file, hash.finalize().to_vec()))
+}
+
+/// Where mmdebstrap works. It does not always clean up when it is ended, so its folder is ours to remove.
+struct WorkFolder {
+    path: PathBuf,
+}
+
+impl WorkFolder {
+    fn make() -> Result<Self, BuildError> {
+        let path = std::env::temp_dir().join(format!("banger-build-{}", Uuid::now_v7()));
+        std::fs::create_dir(&path).map_err(BuildError::io("create", &path))?;
+        let work = Self { path };
+        // As for /tmp itself: the ids that mmdebstrap runs as are not ours.
+        let mode = std::fs::Permissions::from_mode(0o1777);
+        std::fs::set_permissions(&work.path, mode).map_err(BuildError::io("open", &work.path))?;
+        Ok(work)
+    }
+}
+
+impl Drop for WorkFolder {
+    fn drop(&mut self) {
+        if std::fs::remove_dir_all(&self.path).is_ok() {
+            return;
+        }
+        // What belongs to subordinate ids is removed as their root; a cancelled build must not stop this.
+        let entries = std::fs::read_dir(&self.path)
+            .into_iter()
+            .flatten()
+            .flatten();
+        let arguments = ["--unshare-helper", "rm", "-rf", "--"].map(OsString::from);
+        let program = Program {
+            name: "mmdebstrap",
+            package: "mmdebstrap",
+            arguments: arguments
+                .into_iter()
+                .chain(entries.map(|entry| entry.path().into()))
+                .collect(),
+            folder: Some(Path::new("/")),
+            environment: Vec::new(),
+            limit: Duration::from_secs(60),
+            stage: None,
+        };
+        let removed = program
+            .succeed(&Context::quiet(std::env::temp_dir()))
+            .is_ok();
+        if !removed || std::fs::remove_dir_all(&self.path).is_err() {
+            tracing::warn!(folder = %self.path.display(), "a build's folder is left behind");
+        }
+    }
 }
 
 /// The packages in the tree's dpkg status, in order of name.
