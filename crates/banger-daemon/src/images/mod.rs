@@ -214,33 +214,41 @@ impl Images {
 
     /// Removes an image that no VM pins.
     pub(crate) async fn delete_image(&self, query: &str) -> Result<(), ErrorBody> {
-        let id = {
+        let record = {
             let mut catalog = self.catalog();
-            let found = catalog.image(query)?.manifest.id;
-            catalog.check_unpinned("image", query, found.as_uuid())?;
-            catalog.images.retain(|image| image.manifest.id != found);
+            let found = catalog.image(query)?.clone();
+            catalog.check_unpinned("image", query, found.manifest.id.as_uuid())?;
+            // Out of the catalog first, so that nobody pins it meanwhile.
+            catalog
+                .images
+                .retain(|image| image.manifest.id != found.manifest.id);
             found
         };
-        self.store
-            .delete_image(id)
-            .await
-            .map_err(|error| store_error(&error))?;
+        let id = record.manifest.id;
+        if let Err(error) = self.store.delete_image(id).await {
+            self.catalog().images.push(record);
+            return Err(store_error(&error));
+        }
         remove_folder(self.image_folder(id)).await
     }
 
     /// Removes a kernel that no VM pins.
     pub(crate) async fn delete_kernel(&self, query: &str) -> Result<(), ErrorBody> {
-        let id = {
+        let record = {
             let mut catalog = self.catalog();
-            let found = catalog.kernel(query)?.manifest.id;
-            catalog.check_unpinned("kernel", query, found.as_uuid())?;
-            catalog.kernels.retain(|kernel| kernel.manifest.id != found);
+            let found = catalog.kernel(query)?.clone();
+            catalog.check_unpinned("kernel", query, found.manifest.id.as_uuid())?;
+            // Out of the catalog first, so that nobody pins it meanwhile.
+            catalog
+                .kernels
+                .retain(|kernel| kernel.manifest.id != found.manifest.id);
             found
         };
-        self.store
-            .delete_kernel(id)
-            .await
-            .map_err(|error| store_error(&error))?;
+        let id = record.manifest.id;
+        if let Err(error) = self.store.delete_kernel(id).await {
+            self.catalog().kernels.push(record);
+            return Err(store_error(&error));
+        }
         remove_folder(self.kernel_folder(id)).await
     }
 
