@@ -1,6 +1,7 @@
 //! Host effects: the only crate, beside the VMM drivers, that touches the machine. All of it is synchronous.
 
 pub mod exec;
+pub mod host_side;
 pub mod net;
 pub mod op;
 pub mod probe;

@@ -2,10 +2,18 @@
 //! namespace by `banger-netns`.
 //!
 //! `banger-netns` listens on a `SOCK_SEQPACKET` socket. A request is one message: a [`NamespaceRequest`] as JSON. The
-//! reply is one message: a [`NamespaceReply`] as JSON, with descriptors where the operation says so.
+//! reply is one message: a [`NamespaceReply`] as JSON, with descriptors where the operation says so. `banger-helper`
+//! takes a [`HostRequest`] and answers with a [`HostReply`] in the same way.
+
+mod host;
+
+pub use host::{
+    ClosedForward, HostAnswer, HostOp, HostReply, HostRequest, NatReport, OwnedKind, OwnedObject,
+    ResolvedReport,
+};
 
 use banger_core::addr::Pool;
-use banger_core::id::{InstanceId, MacAddress};
+use banger_core::id::MacAddress;
 use serde::{Deserialize, Serialize};
 use std::net::Ipv4Addr;
 
@@ -25,25 +33,6 @@ pub struct Port {
     pub mac: MacAddress,
     /// The only IPv4 address that may send from it.
     pub address: Ipv4Addr,
-}
-
-/// An operation that needs root on the host, done in process where the daemon is root.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "op", rename_all = "kebab-case")]
-pub enum HostOp {
-    /// Make the veth between host and namespace, give the host's end its address, and route the guests' network
-    /// through it. Comes with a descriptor of the network namespace. Nothing changes if all is there already.
-    AttachVeth {
-        /// Whose: names the host's end.
-        instance: InstanceId,
-        /// The addresses.
-        pool: Pool,
-    },
-    /// Remove it. No error if it is gone already.
-    DetachVeth {
-        /// Whose.
-        instance: InstanceId,
-    },
 }
 
 /// An operation inside the namespace. `Ensure…` measures first and changes only what differs; `Remove…` of what is

@@ -2,6 +2,7 @@
 
 use super::links::{Address, Links, NetlinkError, Route, TABLE_LOCAL, TABLE_MAIN};
 use super::namespace::set_sysctl;
+use crate::host_side::HelperError;
 use crate::op::{HostOp, UPLINK};
 use banger_core::addr::{Ipv4Net, Pool};
 use banger_core::id::InstanceId;
@@ -28,6 +29,22 @@ pub enum HostOpError {
     /// The operation needs the network namespace, and none was given.
     #[error("no network namespace was given to attach the veth to")]
     NoNamespace,
+    /// Descriptors are missing, or there are too many.
+    #[error("{operation} comes with {wanted} descriptors, not {given}")]
+    Descriptors {
+        /// The operation's name.
+        operation: &'static str,
+        /// How many belong to it.
+        wanted: usize,
+        /// How many came.
+        given: usize,
+    },
+    /// It cannot be done yet.
+    #[error("{0} is not supported yet")]
+    NotYet(&'static str),
+    /// The helper could not be reached, or did not do it.
+    #[error(transparent)]
+    Helper(#[from] HelperError),
     /// The namespace could not be entered.
     #[error("cannot enter the instance's network namespace")]
     Enter(#[source] io::Error),
@@ -50,6 +67,7 @@ pub fn perform(op: &HostOp, namespace: Option<BorrowedFd<'_>>) -> Result<(), Hos
             Links::new().delete(&instance.veth_name())?;
             Ok(())
         }
+        _ => Err(HostOpError::NotYet(op.name())),
     }
 }
 

@@ -1,0 +1,48 @@
+//! The root side of the host, reached in one of two ways: in process where the daemon is root, else by
+//! `banger-helper`.
+
+mod client;
+mod host;
+
+pub use client::{HELPER_SOCKET, HelperClient, HelperError};
+pub use host::{Caller, Host};
+
+use crate::net::host::HostOpError;
+use crate::op::{HostAnswer, HostOp};
+use rustix::fd::{BorrowedFd, OwnedFd};
+
+/// Who does what needs root.
+#[derive(Debug)]
+pub enum HostSide {
+    /// This process, which is root.
+    InProcess(Host),
+    /// `banger-helper`.
+    Helper(HelperClient),
+}
+
+impl HostSide {
+    /// The root side of this process: itself if it is root, else the helper if one answers, else nobody.
+    pub fn find() -> Option<Self> {
+        if rustix::process::geteuid().is_root() {
+            return Some(Self::InProcess(Host::of_this_machine()));
+        }
+        HelperClient::connect(HELPER_SOCKET.as_ref())
+            .ok()
+            .map(Self::Helper)
+    }
+
+    /// Does `op` with its descriptors, and answers with what it hands out.
+    ///
+    /// # Errors
+    /// The kernel refuses, the operation is not allowed, or the helper cannot be reached.
+    pub fn perform(
+        &self,
+        op: &HostOp,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(HostAnswer, Vec<OwnedFd>), HostOpError> {
+        match self {
+            Self::InProcess(host) => host.perform(Caller::this_process(), op, descriptors),
+            Self::Helper(client) => Ok(client.request(op, descriptors)?),
+        }
+    }
+}
