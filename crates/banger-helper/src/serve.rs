@@ -220,10 +220,10 @@ impl Shared {
         if !ours {
             return;
         }
-        while let Ok(Some((message, _))) =
+        while let Ok(Some((message, came_with))) =
             seqpacket::receive(connection, Some(Instant::now() + CLIENT_TIMEOUT))
         {
-            let (result, descriptors) = match self.answer(&message) {
+            let (result, descriptors) = match self.answer(&message, came_with) {
                 Ok((answer, descriptors)) => (Ok(answer), descriptors),
                 Err(why) => (Err(why), Vec::new()),
             };
@@ -233,7 +233,11 @@ impl Shared {
         }
     }
 
-    fn answer(&self, message: &[u8]) -> Result<(NamespaceAnswer, Vec<OwnedFd>), String> {
+    fn answer(
+        &self,
+        message: &[u8],
+        came_with: Vec<OwnedFd>,
+    ) -> Result<(NamespaceAnswer, Vec<OwnedFd>), String> {
         let request: NamespaceRequest = serde_json::from_slice(message)
             .map_err(|error| format!("the request is not understood: {error}"))?;
         match request.op {
@@ -249,7 +253,7 @@ impl Shared {
             NamespaceOp::Namespaces => Ok((NamespaceAnswer::Done, self.namespaces()?)),
             op => self
                 .namespace
-                .perform(&op)
+                .perform(&op, came_with)
                 .map_err(|error| error_chain(&error)),
         }
     }

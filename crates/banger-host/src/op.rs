@@ -2,8 +2,8 @@
 //! namespace by `banger-netns`.
 //!
 //! `banger-netns` listens on a `SOCK_SEQPACKET` socket. A request is one message: a [`NamespaceRequest`] as JSON. The
-//! reply is one message: a [`NamespaceReply`] as JSON, with descriptors where the operation says so. `banger-helper`
-//! takes a [`HostRequest`] and answers with a [`HostReply`] in the same way.
+//! reply is one message: a [`NamespaceReply`] as JSON. Either carries descriptors where the operation says so.
+//! `banger-helper` takes a [`HostRequest`] and answers with a [`HostReply`] in the same way.
 
 mod host;
 
@@ -15,13 +15,14 @@ pub use host::{
 use banger_core::addr::Pool;
 use banger_core::id::MacAddress;
 use serde::{Deserialize, Serialize};
-use std::net::Ipv4Addr;
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 
 /// The longest message in either direction.
 pub const MAX_MESSAGE_BYTES: usize = 512 * 1024;
 /// The bridge's name inside the namespace.
 pub const BRIDGE: &str = "br0";
-/// The veth's name inside the namespace.
+/// The name of the way out inside the namespace: the veth's end, or the device of `pasta`.
 pub const UPLINK: &str = "up0";
 
 /// A VM's port of the bridge.
@@ -33,6 +34,38 @@ pub struct Port {
     pub mac: MacAddress,
     /// The only IPv4 address that may send from it.
     pub address: Ipv4Addr,
+}
+
+/// A transport protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl std::fmt::Display for Protocol {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
+    }
+}
+
+/// A port of the host that leads into a guest.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Publication {
+    /// TCP or UDP.
+    pub protocol: Protocol,
+    /// Where the host listens: with the protocol, what names it.
+    pub listen: SocketAddr,
+    /// The TAP of the guest; the publication ends with this port.
+    pub tap: String,
+    /// Where it leads: the address must be the one of the TAP's port.
+    pub guest: SocketAddrV4,
 }
 
 /// An operation inside the namespace. `Ensure…` measures first and changes only what differs; `Remove…` of what is
@@ -56,9 +89,13 @@ pub enum NamespaceOp {
         /// The addresses.
         pool: Pool,
     },
+    /// Masquerade what leaves by [`UPLINK`], which `pasta` has made (see [`crate::net::pasta::ensure`]). For a keeper
+    /// in a user namespace only. Answers [`NamespaceAnswer::WayOut`].
+    EnsureWayOut,
     /// Make the TAP, put its element into the sets, then join it to the bridge (isolated) and enable it.
     EnsurePort(Port),
-    /// Remove the TAP and its elements, by name alone.
+    /// Remove the TAP and its elements, by name alone; with it go its publications, joins and way to the internet, and
+    /// all connections of its guest.
     RemovePort {
         /// The TAP's name.
         tap: String,
@@ -74,6 +111,50 @@ pub enum NamespaceOp {
         /// How long to try, in milliseconds.
         timeout_ms: u32,
     },
+    /// Let a guest that has a port reach the public internet, or no longer: then its connections there end too.
+    SetNat {
+        /// The guest's address.
+        address: Ipv4Addr,
+        /// Whether it may.
+        on: bool,
+    },
+    /// List who reaches the internet. Answers [`NamespaceAnswer::Nat`].
+    ListNat,
+    /// Let two guests that have ports reach each other, or no longer: then the connections between them end too.
+    SetJoin {
+        /// The address of one.
+        one: Ipv4Addr,
+        /// The address of the other.
+        other: Ipv4Addr,
+        /// Whether they may.
+        on: bool,
+    },
+    /// List the joins. Answers [`NamespaceAnswer::Joins`].
+    ListJoins,
+    /// The host's own addresses, all of them: no guest reaches them, with or without NAT. (Private ones are closed
+    /// anyway; naming them does no harm.)
+    SetHostAddresses {
+        /// The addresses.
+        addresses: Vec<Ipv4Addr>,
+    },
+    /// Hand out new sockets for a DNS server, which do not block: for guests UDP, then listening TCP, at port 53 of the
+    /// bridge's address and bound to the bridge; if the veth is there, then the same two for the host at the address of
+    /// the veth's end. Answers [`NamespaceAnswer::DnsSockets`].
+    DnsSockets,
+    /// Lead a port of the host into a guest that has a port. Comes with one descriptor: a bound UDP socket, or a
+    /// listening TCP socket. One that is there already with the same target is left as it is.
+    Publish(Publication),
+    /// Close it, and its connections. No error if it is gone already.
+    Unpublish {
+        /// TCP or UDP.
+        protocol: Protocol,
+        /// Where the host listens.
+        listen: SocketAddr,
+    },
+    /// List the publications. Answers [`NamespaceAnswer::Published`].
+    ListPublished,
+    /// Count what was dropped, by reason. Answers [`NamespaceAnswer::Counters`].
+    Counters,
 }
 
 impl NamespaceOp {
@@ -85,10 +166,21 @@ impl NamespaceOp {
             Self::Namespaces => "namespaces",
             Self::EnsureBase { .. } => "ensure-base",
             Self::EnsureUplink { .. } => "ensure-uplink",
+            Self::EnsureWayOut => "ensure-way-out",
             Self::EnsurePort(_) => "ensure-port",
             Self::RemovePort { .. } => "remove-port",
             Self::ListPorts => "list-ports",
             Self::Connect { .. } => "connect",
+            Self::SetNat { .. } => "set-nat",
+            Self::ListNat => "list-nat",
+            Self::SetJoin { .. } => "set-join",
+            Self::ListJoins => "list-joins",
+            Self::SetHostAddresses { .. } => "set-host-addresses",
+            Self::DnsSockets => "dns-sockets",
+            Self::Publish(_) => "publish",
+            Self::Unpublish { .. } => "unpublish",
+            Self::ListPublished => "list-published",
+            Self::Counters => "counters",
         }
     }
 }
@@ -112,6 +204,29 @@ pub struct PortState {
     pub allowed: Option<(MacAddress, Ipv4Addr)>,
 }
 
+/// What is there of a publication.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PublicationState {
+    /// What was asked for.
+    #[serde(flatten)]
+    pub publication: Publication,
+    /// How many TCP connections, or UDP senders, it has now.
+    pub connections: u32,
+    /// How many it has had.
+    pub served: u64,
+    /// How many did not reach the guest, or found no room.
+    pub failed: u64,
+}
+
+/// What a counter of the ruleset has seen.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dropped {
+    /// Packets.
+    pub packets: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
 /// What an operation answers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "answer", rename_all = "kebab-case")]
@@ -131,6 +246,38 @@ pub enum NamespaceAnswer {
     Ports {
         /// By TAP name.
         ports: Vec<PortState>,
+    },
+    /// Whether there is a way out.
+    WayOut {
+        /// `pasta`'s device is there, and is masqueraded.
+        ready: bool,
+    },
+    /// Who reaches the internet.
+    Nat {
+        /// The guests' addresses, in order.
+        addresses: Vec<Ipv4Addr>,
+    },
+    /// Who reaches whom.
+    Joins {
+        /// Each pair once, the lower address first, in order.
+        joins: Vec<(Ipv4Addr, Ipv4Addr)>,
+    },
+    /// Sockets for a DNS server come with this.
+    DnsSockets {
+        /// Four sockets came: also the two for the host.
+        host: bool,
+    },
+    /// All publications.
+    Published {
+        /// By protocol and place.
+        publications: Vec<PublicationState>,
+    },
+    /// What was dropped.
+    Counters {
+        /// By the counter's name in the ruleset, as `sender_dropped`. A repair of the ruleset begins at nought again.
+        dropped: BTreeMap<String, Dropped>,
+        /// How often the keeper found the ruleset changed by somebody else, and loaded it again.
+        repairs: u64,
     },
 }
 

@@ -4,7 +4,7 @@ use super::seqpacket::{self, Place};
 use crate::exec::timespec;
 use crate::op::{NamespaceAnswer, NamespaceOp, NamespaceReply, NamespaceRequest};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fd::OwnedFd;
+use rustix::fd::{BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::io::{self, Read};
@@ -149,6 +149,18 @@ impl Keeper {
     /// # Errors
     /// The keeper is gone, or the operation failed.
     pub fn request(&self, op: NamespaceOp) -> Result<(NamespaceAnswer, Vec<OwnedFd>), KeeperError> {
+        self.request_with(op, &[])
+    }
+
+    /// As [`Keeper::request`], with copies of `descriptors` for the operation.
+    ///
+    /// # Errors
+    /// The keeper is gone, or the operation failed.
+    pub fn request_with(
+        &self,
+        op: NamespaceOp,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(NamespaceAnswer, Vec<OwnedFd>), KeeperError> {
         let own = match &op {
             NamespaceOp::Connect { timeout_ms, .. } => Duration::from_millis((*timeout_ms).into()),
             _ => Duration::ZERO,
@@ -164,7 +176,11 @@ impl Keeper {
         };
         let message = serde_json::to_vec(&NamespaceRequest { op }).map_err(bad)?;
         let (bytes, descriptors) = self
-            .exchange(&message, Instant::now() + own + REQUEST_TIMEOUT)
+            .exchange(
+                &message,
+                descriptors,
+                Instant::now() + own + REQUEST_TIMEOUT,
+            )
             .map_err(unreachable)?;
         let reply: NamespaceReply = serde_json::from_slice(&bytes).map_err(bad)?;
         match reply.result {
@@ -173,10 +189,15 @@ impl Keeper {
         }
     }
 
-    fn exchange(&self, message: &[u8], deadline: Instant) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+    fn exchange(
+        &self,
+        message: &[u8],
+        descriptors: &[BorrowedFd<'_>],
+        deadline: Instant,
+    ) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
         let connection = seqpacket::socket()?;
         rustix::net::connect(&connection, &self.place.address()?)?;
-        seqpacket::send(&connection, message, &[])?;
+        seqpacket::send(&connection, message, descriptors)?;
         seqpacket::receive(&connection, Some(deadline))?
             .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     }

@@ -6,5 +6,6 @@ pub mod keeper;
 pub mod links;
 pub mod namespace;
 pub mod nft;
+pub mod pasta;
 pub mod seqpacket;
 pub mod tap;

@@ -87,6 +87,9 @@ pub enum NamespaceError {
         /// The guests' network.
         network: Ipv4Net,
     },
+    /// This keeper does not know how.
+    #[error("`{0}` is not available yet")]
+    NotAvailable(&'static str),
     /// Something that the caller of [`Namespace::perform`] answers itself.
     #[error("`{0}` is not an operation on the network")]
     NotMine(&'static str),
@@ -121,13 +124,14 @@ impl Namespace {
         Self::default()
     }
 
-    /// Does `op`. Operations take turns, but for [`NamespaceOp::Connect`].
+    /// Does `op`, with the descriptors that came with it. Operations take turns, but for [`NamespaceOp::Connect`].
     ///
     /// # Errors
     /// The kernel refuses, or the operation makes no sense here; each `Ensure…` can be tried again.
     pub fn perform(
         &self,
         op: &NamespaceOp,
+        _descriptors: Vec<OwnedFd>,
     ) -> Result<(NamespaceAnswer, Vec<OwnedFd>), NamespaceError> {
         if let NamespaceOp::Connect {
             address,
@@ -154,6 +158,17 @@ impl Namespace {
                 let ports = network.list_ports()?;
                 return Ok((NamespaceAnswer::Ports { ports }, Vec::new()));
             }
+            NamespaceOp::EnsureWayOut
+            | NamespaceOp::SetNat { .. }
+            | NamespaceOp::ListNat
+            | NamespaceOp::SetJoin { .. }
+            | NamespaceOp::ListJoins
+            | NamespaceOp::SetHostAddresses { .. }
+            | NamespaceOp::DnsSockets
+            | NamespaceOp::Publish(_)
+            | NamespaceOp::Unpublish { .. }
+            | NamespaceOp::ListPublished
+            | NamespaceOp::Counters => return Err(NamespaceError::NotAvailable(op.name())),
             NamespaceOp::Hello
             | NamespaceOp::Keepalive
             | NamespaceOp::Namespaces
