@@ -211,6 +211,11 @@ fn a_vm_lives_its_whole_life_under_firecracker() {
         pss_kib(&vm["attempt"]["shim_pid"])
     );
     pauses_and_resumes(&world, "otter");
+    // Asked for when the guest was ready, and answered before the pause was.
+    let metrics = std::fs::read_to_string(world.vm_file(&vm, "metrics.log")).unwrap();
+    let first: Value = serde_json::from_str(metrics.lines().next().unwrap()).unwrap();
+    assert!(first["utc_timestamp_ms"].is_u64(), "{metrics}");
+    println!("FIRECRACKER RUN: metrics: {} bytes", metrics.len());
     world.ssh("otter", "echo kept > /root/mark && sync");
 
     let taken_over = kill_daemon_and_look(&world, "otter", &vm["attempt"]["vmm_pid"]);

@@ -5,6 +5,7 @@
 use banger_core::spec::Driver;
 use banger_vmm::client::Client;
 use banger_vmm::driver::{Accelerator, DriveConfig, MachineConfig, Plan, Vmm};
+use banger_vmm::firecracker::Firecracker;
 use banger_vmm::lock::{self, LockError};
 use banger_vmm::protocol::{
     Descriptor, Event, Exit, FromShim, LastEvent, Launch, Launched, Ring, Status, Verb,
@@ -111,6 +112,7 @@ impl Vm {
             shim_socket: self.run_dir().join("shim.sock"),
             console: ring("console.log"),
             log: ring("vmm.log"),
+            metrics: ring("metrics.log"),
             exit_file: self.path("exit.json"),
         }
     }
@@ -456,6 +458,54 @@ fn the_vmm_inherits_lock_and_keepalive_and_nothing_else() {
     assert_eq!(count(&shim, "net:["), 0, "{shim:?}");
     let parent = std::fs::read_to_string(format!("/proc/{vmm_pid}/stat")).unwrap();
     assert!(parent.contains(&format!(") S {shim_pid} ")), "{parent}");
+}
+
+/// A VM of the Firecracker driver.
+fn start_firecracker(script: &str) -> Vm {
+    let mut vm = Vm::new("");
+    std::fs::write(vm.run_dir().join("fake-firecracker.script"), script).unwrap();
+    let mut machine = vm.machine();
+    machine.accelerator = Accelerator::Kvm;
+    let plan = Firecracker::new(env!("CARGO_BIN_EXE_fake-firecracker")).plan(&machine);
+    let plan = plan.unwrap();
+    for (path, bytes) in &plan.files {
+        std::fs::write(path, bytes).unwrap();
+    }
+    let lock = lock::try_lock(&vm.path("vm.lock")).unwrap();
+    let launch = vm.launch(plan, vec![Descriptor::Lock]);
+    let (launched, child) = launch::spawn(&shim_program(), &launch, &[lock.as_fd()]).unwrap();
+    vm.shim = Some(child);
+    assert!(matches!(launched, Launched::Running { .. }), "{launched:?}");
+    vm
+}
+
+#[test]
+fn firecrackers_metrics_and_log_are_kept_bounded_and_its_pipes_go_with_it() {
+    let mut vm = start_firecracker(r#"{"flood_metrics_bytes": 2000000}"#);
+    let (mut client, _) = vm.connect_ready();
+    // The guest is ready, so the metrics are asked for; the answers come in the order of the questions.
+    request(&mut client, Verb::Pause);
+    request(&mut client, Verb::Resume);
+    // The agent is deaf, so the second time it is the button.
+    request(&mut client, Verb::Shutdown);
+    request(&mut client, Verb::Shutdown);
+    let exit = vm.wait_exit();
+    assert_eq!(exit.code, Some(0), "{exit:?}");
+    let read = |name: &str| std::fs::read_to_string(vm.path(name)).unwrap_or_default();
+    let metrics = read("metrics.log.1") + &read("metrics.log");
+    assert!(
+        (30_000..=64 * 1024).contains(&metrics.len()),
+        "{}",
+        metrics.len()
+    );
+    assert!(metrics.ends_with("{\"flushed\":true}\n"));
+    assert!(read("vmm.log").contains("its log"));
+    let left: Vec<_> = std::fs::read_dir(vm.run_dir())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .filter(|name| name.to_string_lossy().contains("pipe"))
+        .collect();
+    assert_eq!(left, [""; 0]);
 }
 
 /// A multiboot kernel of a few instructions: prints `hello` on the serial port, then runs `then`.

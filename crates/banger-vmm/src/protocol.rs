@@ -55,6 +55,10 @@ pub enum Control {
         api_socket: PathBuf,
         /// The vsock device's socket.
         vsock_socket: PathBuf,
+        /// The FIFO that its log goes to; the shim makes it, and writes what comes to [`Launch::log`].
+        log_pipe: PathBuf,
+        /// The FIFO that its metrics go to; the shim makes it, and writes what comes to [`Launch::metrics`].
+        metrics_pipe: PathBuf,
     },
 }
 
@@ -90,6 +94,8 @@ pub struct Launch {
     pub console: Ring,
     /// What the VMM prints on standard error, and the shim's own log.
     pub log: Ring,
+    /// What the VMM counts, one JSON object a line, where it tells ([`Control::Firecracker`]).
+    pub metrics: Ring,
     /// Where [`Exit`] is written.
     pub exit_file: PathBuf,
 }

@@ -12,6 +12,7 @@ mod clients;
 mod control;
 mod guest;
 mod machine;
+mod pipes;
 mod start;
 
 use crate::launch;

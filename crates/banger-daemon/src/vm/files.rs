@@ -49,6 +49,10 @@ impl VmFiles {
         self.folder.join("vmm.log")
     }
 
+    pub(crate) fn metrics(&self) -> PathBuf {
+        self.folder.join("metrics.log")
+    }
+
     pub(crate) fn lock(&self) -> PathBuf {
         self.folder.join("vm.lock")
     }

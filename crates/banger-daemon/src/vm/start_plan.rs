@@ -36,6 +36,8 @@ use uuid::Uuid;
 const CONSOLE_BYTES: u64 = 4 << 20;
 /// What the VMM's log may take on disk, in bytes.
 const LOG_BYTES: u64 = 1 << 20;
+/// What the VMM's metrics may take on disk, in bytes.
+const METRICS_BYTES: u64 = 256 << 10;
 /// The guest's vsock address. Firecracker's vsock is a Unix socket, so it need not be unique on the host.
 const CID: u32 = 3;
 /// The node that guests' networks need.
@@ -431,6 +433,10 @@ fn write_boot(
         log: Ring {
             path: files.vmm_log(),
             max_bytes: LOG_BYTES,
+        },
+        metrics: Ring {
+            path: files.metrics(),
+            max_bytes: METRICS_BYTES,
         },
         exit_file: files.exit(),
     };

@@ -119,6 +119,12 @@ impl World {
         vm["phase"]["why"]["reason"].as_str().unwrap().to_owned()
     }
 
+    /// A file in the VM's folder.
+    pub(crate) fn vm_file(&self, vm: &Value, name: &str) -> PathBuf {
+        let id = vm["id"].as_str().unwrap();
+        self.path("state/banger/vms").join(id).join(name)
+    }
+
     /// What happened to each VM, for a failed test.
     fn story(&self) -> String {
         let folders = std::fs::read_dir(self.path("state/banger/vms"));

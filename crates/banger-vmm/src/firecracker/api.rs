@@ -16,6 +16,8 @@ pub enum Request {
     Resume,
     /// Press Ctrl-Alt-Del.
     CtrlAltDel,
+    /// Write the metrics now; otherwise they come once a minute.
+    FlushMetrics,
 }
 
 impl Request {
@@ -29,6 +31,11 @@ impl Request {
                 "PUT",
                 "/actions",
                 Some(json!({ "action_type": "SendCtrlAltDel" })),
+            ),
+            Self::FlushMetrics => (
+                "PUT",
+                "/actions",
+                Some(json!({ "action_type": "FlushMetrics" })),
             ),
         }
     }

@@ -12,6 +12,11 @@ use std::path::PathBuf;
 pub const API_SOCKET: &str = "api.sock";
 /// The name of the vsock device's socket in the run folder.
 pub const VSOCK_SOCKET: &str = "vsock.sock";
+/// The name of the log's FIFO in the run folder. A path such as `/dev/stderr` would need a `/proc`.
+pub const LOG_PIPE: &str = "log.pipe";
+/// The name of the metrics' FIFO in the run folder. Firecracker opens both for reading and writing without blocking,
+/// so a full one costs it a line and never its time.
+pub const METRICS_PIPE: &str = "metrics.pipe";
 /// The name of the configuration file in the run folder.
 pub const CONFIG_FILE: &str = "firecracker.json";
 /// The kernel's command line. `i8042.nomux` and `i8042.nopnp`, which examples often carry, would make
@@ -46,6 +51,7 @@ struct Config<'a> {
     network_interfaces: Vec<NetworkInterface<'a>>,
     vsock: Vsock,
     entropy: EntropyDevice,
+    metrics: Metrics,
 }
 
 #[derive(Serialize)]
@@ -87,6 +93,11 @@ struct Vsock {
 
 #[derive(Serialize)]
 struct EntropyDevice {}
+
+#[derive(Serialize)]
+struct Metrics {
+    metrics_path: &'static str,
+}
 
 impl Vmm for Firecracker {
     fn driver(&self) -> Driver {
@@ -157,6 +168,9 @@ impl Vmm for Firecracker {
                 uds_path: VSOCK_SOCKET,
             },
             entropy: EntropyDevice {},
+            metrics: Metrics {
+                metrics_path: METRICS_PIPE,
+            },
         };
         let json = serde_json::to_vec_pretty(&config)
             .expect("the configuration has no map with keys other than text");
@@ -167,9 +181,9 @@ impl Vmm for Firecracker {
             API_SOCKET,
             "--config-file",
             CONFIG_FILE,
-            // Standard output is the guest's console alone; standard error is the log, which the shim bounds.
+            // Standard output is the guest's console alone.
             "--log-path",
-            "/dev/stderr",
+            LOG_PIPE,
             "--level",
             "Warning",
         ];
@@ -179,6 +193,8 @@ impl Vmm for Firecracker {
             control: Control::Firecracker {
                 api_socket: machine.run_dir.join(API_SOCKET),
                 vsock_socket: machine.run_dir.join(VSOCK_SOCKET),
+                log_pipe: machine.run_dir.join(LOG_PIPE),
+                metrics_pipe: machine.run_dir.join(METRICS_PIPE),
             },
             files: vec![(machine.run_dir.join(CONFIG_FILE), json)],
         })
@@ -235,6 +251,7 @@ mod tests {
                 }],
                 "vsock": { "guest_cid": 42, "uds_path": "vsock.sock" },
                 "entropy": {},
+                "metrics": { "metrics_path": "metrics.pipe" },
             })
         );
     }
@@ -256,7 +273,7 @@ mod tests {
         assert_eq!(
             plan.args.join(" "),
             "--id 0198aa --api-sock api.sock --config-file firecracker.json \
-             --log-path /dev/stderr --level Warning"
+             --log-path log.pipe --level Warning"
         );
         assert_eq!(config(&machine)["network-interfaces"], json!([]));
     }

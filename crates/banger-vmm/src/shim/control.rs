@@ -24,6 +24,8 @@ pub(super) enum Ask {
     Resume,
     /// Press the button that asks the guest to shut down.
     Button,
+    /// Write the metrics now. Only of a VMM that has a pipe for them.
+    FlushMetrics,
 }
 
 /// For whom it is asked: a client and the id of its command.
@@ -172,6 +174,9 @@ impl Qmp {
             Ask::Pause => "stop",
             Ask::Resume => "cont",
             Ask::Button => "system_powerdown",
+            Ask::FlushMetrics => {
+                return vec![pending.done(Err("QEMU has no metrics".to_owned()))];
+            }
         };
         let Some(socket) = &self.socket else {
             return vec![pending.done(Err("QEMU's control socket is closed".to_owned()))];
@@ -271,6 +276,7 @@ impl Api {
             Ask::Pause => Request::Pause,
             Ask::Resume => Request::Resume,
             Ask::Button => Request::CtrlAltDel,
+            Ask::FlushMetrics => Request::FlushMetrics,
         };
         let mut out = Outbox::new(MAX_OUT_BYTES);
         // An error here shows as the end of the connection.

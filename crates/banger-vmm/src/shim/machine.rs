@@ -5,6 +5,7 @@ use super::channel::{Input, read};
 use super::clients::Clients;
 use super::control::{Ask, Controller, Notice, Ticket};
 use super::guest::{Guest, escaped};
+use super::pipes::Pipes;
 use super::start::{Failure, remove_sockets};
 use crate::console::{RingWriter, Watcher};
 use crate::protocol::{Command, Control, Event, Exit, Launch, Status, Verb};
@@ -23,6 +24,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 const STDERR_TAIL_BYTES: usize = 2048;
 /// The most bytes that are read of an output in one turn.
 const TURN_BYTES: usize = 64 * 1024;
+/// How often the VMM is asked for its metrics: twice, were the guest honest.
+const MAX_METRICS_FLUSHES: u32 = 4;
 /// How long a VMM whose guest is off may take to end on SIGTERM.
 const END_LIMIT: Duration = Duration::from_secs(2);
 
@@ -30,6 +33,7 @@ const END_LIMIT: Duration = Duration::from_secs(2);
 pub(super) struct Files {
     pub(super) console: RingWriter,
     pub(super) log: RingWriter,
+    pub(super) pipes: Pipes,
     #[expect(
         dead_code,
         reason = "held open: the lock and the namespace keeper's pipe"
@@ -58,6 +62,7 @@ pub(super) struct Machine {
     out_of_space: bool,
     shutdown_asked: bool,
     malformed: u64,
+    metrics_flushes: u32,
     /// SIGTERM was sent because the guest is off.
     ending: Option<Instant>,
     changed: bool,
@@ -122,6 +127,7 @@ impl Machine {
             out_of_space: false,
             shutdown_asked: false,
             malformed: 0,
+            metrics_flushes: 0,
             ending: None,
             changed: false,
         })
@@ -200,10 +206,18 @@ impl Machine {
     }
 
     pub(super) fn outputs(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let stdout = self.stdout.as_ref().map(AsFd::as_fd);
-        stdout
-            .into_iter()
-            .chain(self.stderr.as_ref().map(AsFd::as_fd))
+        [
+            self.stdout.as_ref().map(AsFd::as_fd),
+            self.stderr.as_ref().map(AsFd::as_fd),
+            self.files.pipes.log.as_ref().map(AsFd::as_fd),
+            self.files
+                .pipes
+                .metrics
+                .as_ref()
+                .map(|(pipe, _)| pipe.as_fd()),
+        ]
+        .into_iter()
+        .flatten()
     }
 
     /// Reads what the VMM printed, a bounded amount of it. Tells whether there was anything.
@@ -234,10 +248,7 @@ impl Machine {
                 Input::Bytes(length) => {
                     any = true;
                     total += length;
-                    self.files.log.write(&buffer[..length]);
-                    self.stderr_tail.extend_from_slice(&buffer[..length]);
-                    let excess = self.stderr_tail.len().saturating_sub(STDERR_TAIL_BYTES);
-                    self.stderr_tail.drain(..excess);
+                    self.keep_log(&buffer[..length]);
                     if total >= TURN_BYTES {
                         break;
                     }
@@ -246,7 +257,32 @@ impl Machine {
                 Input::End => self.stderr = None,
             }
         }
+        total = 0;
+        while let Some(pipe) = &self.files.pipes.log
+            && total < TURN_BYTES
+            && let Input::Bytes(length) = read(pipe, &mut buffer)
+        {
+            any = true;
+            total += length;
+            self.keep_log(&buffer[..length]);
+        }
+        total = 0;
+        while let Some((pipe, ring)) = &mut self.files.pipes.metrics
+            && total < TURN_BYTES
+            && let Input::Bytes(length) = read(pipe, &mut buffer)
+        {
+            any = true;
+            total += length;
+            ring.write(&buffer[..length]);
+        }
         any
+    }
+
+    fn keep_log(&mut self, bytes: &[u8]) {
+        self.files.log.write(bytes);
+        self.stderr_tail.extend_from_slice(bytes);
+        let excess = self.stderr_tail.len().saturating_sub(STDERR_TAIL_BYTES);
+        self.stderr_tail.drain(..excess);
     }
 
     /// Reads the rest of what an ended VMM printed.
@@ -444,7 +480,7 @@ impl Machine {
 
     fn done(&mut self, ask: Ask) {
         match ask {
-            Ask::Alive | Ask::Button => {}
+            Ask::Alive | Ask::Button | Ask::FlushMetrics => {}
             Ask::Pause => self.set_paused(true),
             Ask::Resume => {
                 self.set_paused(false);
@@ -455,6 +491,16 @@ impl Machine {
                     self.agent.say(&ToGuest::SetClock { unix_ns });
                 }
             }
+        }
+    }
+
+    /// Has the metrics written where there are any: once a guest is up and once before it goes, since by itself a VMM
+    /// tells once a minute, and nothing when it is killed. A guest that says so again and again asks for no more.
+    fn flush_metrics(&mut self) {
+        if self.files.pipes.metrics.is_some() && self.metrics_flushes < MAX_METRICS_FLUSHES {
+            self.metrics_flushes += 1;
+            let notices = self.control.ask(Ask::FlushMetrics, None);
+            self.take(notices);
         }
     }
 
@@ -502,8 +548,14 @@ impl Machine {
                 Heard::Message(FromGuest::Stage { stage, uptime_ms }) => {
                     self.guest.stage(stage, uptime_ms, now);
                 }
-                Heard::Message(FromGuest::Ready) => self.guest.ready(now),
-                Heard::Message(FromGuest::Bye { end }) => self.guest.bye(end),
+                Heard::Message(FromGuest::Ready) => {
+                    self.guest.ready(now);
+                    self.flush_metrics();
+                }
+                Heard::Message(FromGuest::Bye { end }) => {
+                    self.guest.bye(end);
+                    self.flush_metrics();
+                }
                 Heard::Message(FromGuest::Pong) => self.guest.agent_speaks(),
                 Heard::Message(FromGuest::Warning { text }) => {
                     if let Some(text) = self.guest.warning(&text) {

@@ -4,6 +4,7 @@ use super::agent::Agent;
 use super::clients::Clients;
 use super::control::{Connected, Controller, Notice};
 use super::machine::{Files, Machine};
+use super::pipes::{self, Pipes};
 use crate::console::RingWriter;
 use crate::protocol::{Control, Descriptor, Launch};
 use crate::{process, socket};
@@ -73,11 +74,14 @@ pub(super) fn start(
     for path in sockets_of(&launch.control) {
         socket::remove(path).map_err(failed(format!("cannot remove `{}`", path.display())))?;
     }
+    pipes::remove(&launch.control).map_err(failed("cannot remove the VMM's pipes"))?;
     let listener = socket::listen(&launch.shim_socket).map_err(failed(format!(
         "cannot listen at `{}`",
         launch.shim_socket.display()
     )))?;
     let agent = Agent::prepare(&launch.control).map_err(failed("cannot listen for the agent"))?;
+    let pipes = Pipes::make(&launch.control, &launch.metrics)
+        .map_err(failed("cannot make the VMM's pipes"))?;
     let watch = watch(&run_dir).map_err(failed(format!("cannot watch `{}`", run_dir.display())))?;
 
     let started = Instant::now();
@@ -103,7 +107,12 @@ pub(super) fn start(
     };
     // Only now: an ignored signal is inherited, and the VMM must hear SIGTERM.
     ignore_signals();
-    let files = Files { console, log, kept };
+    let files = Files {
+        console,
+        log,
+        pipes,
+        kept,
+    };
     let control = Controller::new(&launch.control);
     let clients = Clients::new(listener);
     let mut machine = Machine::new(launch, child, started, files, control, agent, clients)
@@ -160,15 +169,17 @@ pub(super) fn sockets_of(control: &Control) -> [&Path; 2] {
         Control::Firecracker {
             api_socket,
             vsock_socket,
+            ..
         } => [api_socket, vsock_socket],
     }
 }
 
-/// Removes all sockets of a run, as far as they are there.
+/// Removes all sockets and pipes of a run, as far as they are there.
 pub(super) fn remove_sockets(launch: &Launch, agent: &Agent) {
     for path in sockets_of(&launch.control) {
         let _ = socket::remove(path);
     }
+    let _ = pipes::remove(&launch.control);
     let _ = socket::remove(agent.path());
     let _ = socket::remove(&launch.shim_socket);
 }
