@@ -48,19 +48,37 @@ pub enum DriverChoice {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Storage {
+    /// The image's blocks, shared by the host's filesystem until one of the two changes.
+    Reflink,
     /// The image read-only and shared, an ext4 per VM, joined by overlayfs in the guest.
     Overlay,
     /// A sparse copy of the image.
     Copy,
+    /// A device-mapper snapshot of the image.
+    Snapshot,
 }
 
 impl Storage {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Reflink, Self::Overlay, Self::Copy, Self::Snapshot];
+    /// Those that `auto` takes, the best first. A snapshot is lost when its room runs out, so it is taken only by
+    /// choice.
+    pub const AUTO: [Self; 3] = [Self::Reflink, Self::Overlay, Self::Copy];
+
     /// The storage driver's name.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Reflink => "reflink",
             Self::Overlay => "overlay",
             Self::Copy => "copy",
+            Self::Snapshot => "snapshot",
         }
+    }
+}
+
+impl std::fmt::Display for Storage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
     }
 }
 
@@ -71,22 +89,69 @@ pub enum StorageChoice {
     /// The first that host, image and driver allow, decided at creation.
     #[default]
     Auto,
+    /// [`Storage::Reflink`].
+    Reflink,
     /// [`Storage::Overlay`].
     Overlay,
     /// [`Storage::Copy`].
     Copy,
+    /// [`Storage::Snapshot`].
+    Snapshot,
 }
 
-/// The answer to a storage choice, with the reason that `vm show` and `doctor` print.
-pub const fn resolve_storage(choice: StorageChoice) -> (Storage, &'static str) {
-    match choice {
-        StorageChoice::Auto => (
-            Storage::Overlay,
-            "auto: shares the image and needs nothing of the host",
-        ),
-        StorageChoice::Overlay => (Storage::Overlay, "asked for"),
-        StorageChoice::Copy => (Storage::Copy, "asked for"),
+impl StorageChoice {
+    /// The storage driver that was asked for by name.
+    pub const fn named(self) -> Option<Storage> {
+        match self {
+            Self::Auto => None,
+            Self::Reflink => Some(Storage::Reflink),
+            Self::Overlay => Some(Storage::Overlay),
+            Self::Copy => Some(Storage::Copy),
+            Self::Snapshot => Some(Storage::Snapshot),
+        }
     }
+}
+
+/// No storage driver that was asked for can be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{storage} is not possible: {why}")]
+pub struct StorageImpossible {
+    /// The one asked for, or the last that was tried.
+    pub storage: Storage,
+    /// Why it cannot be used.
+    pub why: String,
+}
+
+/// The answer to a storage choice, with the reason that `vm show` and `doctor` print. `judge` says of a driver what
+/// speaks for it (`Ok`) or why it is not possible (`Err`).
+///
+/// # Errors
+/// The one that was asked for, or every one of [`Storage::AUTO`], is not possible.
+pub fn resolve_storage(
+    choice: StorageChoice,
+    mut judge: impl FnMut(Storage) -> Result<String, String>,
+) -> Result<(Storage, String), StorageImpossible> {
+    if let Some(storage) = choice.named() {
+        return match judge(storage) {
+            Ok(_) => Ok((storage, "asked for".to_owned())),
+            Err(why) => Err(StorageImpossible { storage, why }),
+        };
+    }
+    let mut refused: Vec<StorageImpossible> = Vec::new();
+    for storage in Storage::AUTO {
+        match judge(storage) {
+            Ok(why) if refused.is_empty() => return Ok((storage, format!("auto: {why}"))),
+            Ok(_) => {
+                let refused: Vec<String> = refused.iter().map(ToString::to_string).collect();
+                return Ok((storage, format!("auto: {}", refused.join("; "))));
+            }
+            Err(why) => refused.push(StorageImpossible { storage, why }),
+        }
+    }
+    Err(refused.pop().unwrap_or(StorageImpossible {
+        storage: Storage::Copy,
+        why: "there is no storage driver".to_owned(),
+    }))
 }
 
 /// What a person asked for.
@@ -207,6 +272,46 @@ mod tests {
         assert_eq!(find("calm"), "calm");
         assert_eq!(find("calm-"), "calm-otter");
         assert_eq!(find("0299"), "brave-fox");
+    }
+
+    #[test]
+    fn auto_takes_the_first_possible_storage_and_says_why_not_the_ones_before() {
+        let everything = |_| Ok("/home is btrfs".to_owned());
+        assert_eq!(
+            resolve_storage(StorageChoice::Auto, everything),
+            Ok((Storage::Reflink, "auto: /home is btrfs".to_owned()))
+        );
+        let no_reflink = |storage| match storage {
+            Storage::Reflink => Err("ext4 does not share blocks".to_owned()),
+            _ => Ok(String::new()),
+        };
+        assert_eq!(
+            resolve_storage(StorageChoice::Auto, no_reflink),
+            Ok((
+                Storage::Overlay,
+                "auto: reflink is not possible: ext4 does not share blocks".to_owned()
+            ))
+        );
+    }
+
+    #[test]
+    fn a_storage_that_was_asked_for_by_name_is_taken_or_refused_and_never_replaced() {
+        let no = |_| Err("the host has no device-mapper".to_owned());
+        let refused = resolve_storage(StorageChoice::Snapshot, no).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "snapshot is not possible: the host has no device-mapper"
+        );
+        let yes = |_| Ok("whatever".to_owned());
+        for storage in Storage::ALL {
+            let choice: StorageChoice =
+                serde_json::from_value(serde_json::to_value(storage).unwrap()).unwrap();
+            assert_eq!(
+                resolve_storage(choice, yes),
+                Ok((storage, "asked for".to_owned()))
+            );
+        }
+        assert!(resolve_storage(StorageChoice::Auto, no).is_err());
     }
 
     #[test]

@@ -122,13 +122,19 @@ fn look(app: &App) -> Vec<Check> {
         ),
         Err(error) => check("disk", Verdict::Bad, banger_host::error_chain(&error), None),
     });
-    let (storage, why) = banger_core::spec::resolve_storage(world.config.storage.choice);
-    checks.push(check(
-        "storage",
-        Verdict::Good,
-        format!("{} ({why})", storage.name()),
-        None,
-    ));
+    checks.push(
+        match crate::storage::choose(world, world.config.storage.choice) {
+            Ok((storage, why)) => {
+                check("storage", Verdict::Good, format!("{storage} ({why})"), None)
+            }
+            Err(error) => check(
+                "storage",
+                Verdict::Bad,
+                error.to_string(),
+                Some("set `[storage] choice` in the settings to \"auto\""),
+            ),
+        },
+    );
     checks.push(images(app));
     checks
 }

@@ -21,6 +21,7 @@ mod record;
 mod registry;
 mod rescue;
 mod server;
+mod storage;
 mod store;
 mod vm;
 mod world;

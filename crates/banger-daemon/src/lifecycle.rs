@@ -14,6 +14,7 @@ use crate::operations::Operations;
 use crate::record::VmRecord;
 use crate::registry::Registry;
 use crate::server::{self, App};
+use crate::storage::StorageHost;
 use crate::store::{Opened, Store};
 use crate::vm::actor::{self, Found};
 use crate::vm::files::make_folder;
@@ -315,6 +316,7 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
             paths.state.join("kvm.json"),
             boot_id.clone(),
         ),
+        storage: StorageHost::default(),
         paths: paths.clone(),
         config,
         instance,

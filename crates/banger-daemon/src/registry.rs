@@ -5,6 +5,7 @@ use crate::crash::{Side, point};
 use crate::images::{DEFAULT_NAME, find, store_error};
 use crate::keys;
 use crate::record::VmRecord;
+use crate::storage::{self, Layer};
 use crate::vm::actor::{self, Found};
 use crate::vm::files::{self, VmFiles, io_error};
 use crate::vm::{Ask, Handle};
@@ -19,7 +20,6 @@ use banger_core::phase::{Desired, StopReason};
 use banger_core::size::DiskBytes;
 use banger_core::spec::{
     DEFAULT_MEMORY_MIB, DEFAULT_OVERLAY_BYTES, DEFAULT_VCPUS, DriverChoice, StorageChoice, VmSpec,
-    resolve_storage,
 };
 use banger_core::words::free_name;
 use jiff::Timestamp;
@@ -308,7 +308,8 @@ fn draft(
         StorageChoice::Auto => world.config.storage.choice,
         asked => asked,
     };
-    let (storage, storage_reason) = resolve_storage(storage);
+    let (storage, storage_reason) =
+        storage::choose(world, storage).map_err(|error| storage::impossible(&error))?;
     if request.start {
         // What cannot run is not created.
         let vmlinux = world
@@ -334,7 +335,7 @@ fn draft(
         spec,
         keys,
         image_digest: image.manifest.sha256,
-        storage_reason: storage_reason.to_owned(),
+        storage_reason,
         idempotency_key,
     })
 }
@@ -424,9 +425,10 @@ fn stage(world: &World, record: &VmRecord, staging: &VmFiles) -> Result<(), Erro
     point("create", "stage", Side::Before);
     files::make_folder(&staging.folder)
         .map_err(|error| io_error("make", &staging.folder, &error))?;
-    files::make_overlay(world, record, &staging.overlay())?;
+    let layer = Layer::of(world, record, staging)?;
+    storage::driver(record.spec.storage).create(&layer)?;
     if let (Some(uuid), Some(bytes)) = (record.disk_uuid, record.spec.disk_bytes) {
-        files::make_disk(world, bytes.get(), uuid, &staging.disk())?;
+        storage::make_empty(&world.paths.cache, bytes.get(), &staging.disk(), uuid)?;
     }
     record
         .mirror(&staging.folder, None)

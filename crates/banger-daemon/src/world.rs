@@ -7,6 +7,7 @@ use crate::images::Images;
 use crate::instance::Instance;
 use crate::network::Network;
 use crate::operations::Operations;
+use crate::storage::StorageHost;
 use crate::store::Store;
 use banger_api::daemon::Mode;
 use banger_api::paths::Paths;
@@ -37,6 +38,7 @@ pub(crate) struct World {
     pub(crate) network: Network,
     pub(crate) images: Arc<Images>,
     pub(crate) drivers: Drivers,
+    pub(crate) storage: StorageHost,
     pub(crate) operations: Arc<Operations>,
     /// The public half of banger's own ssh key.
     pub(crate) authorized_key: String,

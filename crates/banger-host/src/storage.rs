@@ -1,5 +1,9 @@
 //! Facts about filesystems and the machine, and the few durable file operations that everything else is built from.
 
+mod reflink;
+
+pub use reflink::{ReflinkError, filesystem_name, mount_point, try_reflink};
+
 use rustix::fs::{FallocateFlags, Mode, OFlags};
 use std::fs::{File, OpenOptions};
 use std::io;

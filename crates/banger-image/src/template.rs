@@ -123,6 +123,20 @@ pub fn sparse_copy(source: &Path, target: &Path) -> Result<(), BuildError> {
     copy_to_new(source, target).map(drop)
 }
 
+/// Makes `target`, a new file of mode 0600, that shares all blocks with `source` until one of the two changes. Not
+/// synced.
+///
+/// # Errors
+/// The filesystem does not share blocks, or the two files are on different ones.
+pub fn reflink(source: &Path, target: &Path) -> Result<(), BuildError> {
+    let from = File::open(source).map_err(BuildError::io("read", source))?;
+    let to = create_new(target)?;
+    rustix::fs::ioctl_ficlone(&to, &from).map_err(|errno| {
+        let _ = std::fs::remove_file(target);
+        BuildError::io("share blocks with", target)(errno.into())
+    })
+}
+
 /// The UUID of the ext4 filesystem in `path`.
 pub fn read_ext4_uuid(path: &Path) -> Result<Uuid, BuildError> {
     let file = File::open(path).map_err(BuildError::io("read", path))?;

@@ -1,7 +1,7 @@
 //! The actor's part that puts a VM into the trash or removes it for ever.
 
 use super::actor::{Actor, Run};
-use super::teardown::release_port;
+use super::teardown::{close_storage, release_port};
 use crate::crash::{Side, point};
 use crate::images::store_error;
 use banger_api::error::{ErrorBody, ErrorCode};
@@ -50,6 +50,15 @@ impl Actor {
             self.publish(|_| {});
         }
         point("delete", "promise", Side::After);
+        if let Some(problem) = close_storage(&self.world, &self.record, "delete").await {
+            // Without its record nobody would know whose it is.
+            let mut error = ErrorBody::new(
+                ErrorCode::Internal,
+                format!("the storage of `{}` cannot be detached", self.record.name),
+            );
+            error.causes.push(problem);
+            return Err(error);
+        }
         release_port(&self.world, self.record.id, "delete").await;
         self.clear_run("delete").await;
         point("delete", "unlink", Side::Before);

@@ -3,7 +3,7 @@
 use super::actor::{Actor, LOOK_AGAIN, Reply, Run, Stopping, reply_all};
 use super::start_plan::reap;
 use super::stop_reason::{Intent, reason};
-use super::teardown::{clear_run, end_processes, release_port, sync_disks};
+use super::teardown::{clear_run, close_storage, end_processes, release_port, sync_disks};
 use crate::crash::{Side, point};
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_core::decide::{Deny, Request};
@@ -214,6 +214,7 @@ impl Actor {
             other => other,
         };
         let why = reason(intent, exit.as_ref());
+        close_storage(&self.world, &self.record, "stop").await;
         point("stop", "sync", Side::Before);
         sync_disks(&self.files).await;
         point("stop", "sync", Side::After);

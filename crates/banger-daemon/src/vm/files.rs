@@ -1,16 +1,10 @@
 //! A VM's folder: where its files are, and how they are staged and made.
 
-use crate::images::{STAGING, build_error};
-use crate::record::VmRecord;
-use crate::world::World;
+use crate::images::STAGING;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::paths::Paths;
 use banger_core::id::VmId;
-use banger_core::spec::Storage;
-use banger_image::context::Context;
-use banger_image::template;
 use std::path::{Path, PathBuf};
-use uuid::Uuid;
 
 /// The paths inside a VM's folder.
 #[derive(Debug, Clone)]
@@ -85,52 +79,6 @@ pub(crate) fn make_folder(path: &Path) -> std::io::Result<()> {
         .recursive(true)
         .mode(0o700)
         .create(path)
-}
-
-/// Makes the writable layer of a VM, which must not exist.
-pub(crate) fn make_overlay(
-    world: &World,
-    record: &VmRecord,
-    target: &Path,
-) -> Result<(), ErrorBody> {
-    match record.spec.storage {
-        Storage::Overlay => make_empty(
-            world,
-            record.spec.overlay_bytes.get(),
-            target,
-            record.overlay_uuid,
-        ),
-        Storage::Copy => {
-            let image = world
-                .images
-                .image_folder(record.spec.image)
-                .join(banger_image::image::ROOT_IMAGE);
-            let size = std::fs::metadata(&image).map(|metadata| metadata.len());
-            let size = size.map_err(|error| io_error("read", &image, &error))?;
-            template::sparse_copy(&image, target).map_err(|error| build_error(&error))?;
-            let grown = size + record.spec.overlay_bytes.get();
-            let file = std::fs::OpenOptions::new().write(true).open(target);
-            file.and_then(|file| file.set_len(grown))
-                .map_err(|error| io_error("grow", target, &error))
-        }
-    }
-}
-
-/// Makes the work disk of a VM, which must not exist.
-pub(crate) fn make_disk(
-    world: &World,
-    bytes: u64,
-    uuid: Uuid,
-    target: &Path,
-) -> Result<(), ErrorBody> {
-    make_empty(world, bytes, target, uuid)
-}
-
-fn make_empty(world: &World, bytes: u64, target: &Path, uuid: Uuid) -> Result<(), ErrorBody> {
-    let context = Context::quiet(world.paths.cache.clone());
-    let template =
-        template::ensure_empty_ext4(bytes, &context).map_err(|error| build_error(&error))?;
-    template::clone_empty_ext4(&template, target, uuid).map_err(|error| build_error(&error))
 }
 
 /// A file operation's error on the wire.

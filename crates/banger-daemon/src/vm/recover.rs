@@ -3,7 +3,7 @@
 use super::actor::{Actor, Live, Run};
 use super::link::Link;
 use super::stop_reason::{Intent, reason};
-use super::teardown::{release_port, sync_disks};
+use super::teardown::{close_storage, release_port, sync_disks};
 use super::{Ask, AttemptFile};
 use banger_core::phase::{Desired, StopReason};
 use banger_vmm::exit;
@@ -89,12 +89,14 @@ impl Actor {
                 None if attempt.boot_id != self.world.boot_id => StopReason::HostRebooted,
                 None => StopReason::Unknown,
             };
+            close_storage(&self.world, &self.record, "recover").await;
             sync_disks(&self.files).await;
             release_port(&self.world, self.record.id, "recover").await;
             let off = why == StopReason::GuestPoweroff;
             self.note("recover", format!("found stopped: {why}"), None);
             self.stopped(why, off, Some(attempt.attempt)).await;
         } else {
+            close_storage(&self.world, &self.record, "recover").await;
             release_port(&self.world, self.record.id, "recover").await;
         }
         self.clear_run("recover").await;

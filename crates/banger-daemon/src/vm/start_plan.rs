@@ -9,15 +9,15 @@ use crate::images::build_error;
 use crate::keys;
 use crate::network::{Lease, NetworkError};
 use crate::record::{VmRecord, replace_unsynced};
+use crate::storage::{self, Layer, RootDrive};
 use crate::world::World;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_core::phase::StartStep;
-use banger_core::spec::Storage;
 use banger_guest::boot_config::{BootConfig, Drive, DriveRole, Network};
 use banger_host::net::host::HostOpError;
 use banger_host::net::keeper::KeeperError;
 use banger_host::op::Port;
-use banger_image::{image, kernel, template};
+use banger_image::kernel;
 use banger_vmm::driver::{DriveConfig, MachineConfig, NicConfig, Plan};
 use banger_vmm::launch;
 use banger_vmm::lock::{LockError, Locked, try_lock};
@@ -260,11 +260,10 @@ async fn blocking<T: Send + 'static>(
 /// What a VM boots from, all of it checked.
 #[derive(Debug, Clone)]
 struct Opened {
-    root: PathBuf,
+    root: RootDrive,
     kernel: PathBuf,
     initrd: PathBuf,
     modules: PathBuf,
-    image_uuid: String,
     modules_uuid: String,
     init: String,
 }
@@ -287,78 +286,34 @@ fn open_files(world: &World, record: &VmRecord, files: &VmFiles) -> Result<Opene
         .kernel_by_id(record.spec.kernel)
         .ok_or_else(|| missing("kernel", record.spec.kernel.to_string()))?
         .manifest;
-    if image.sha256 != record.image_digest && record.spec.storage == Storage::Overlay {
-        return Err(ErrorBody::new(
-            ErrorCode::Conflict,
-            format!(
-                "the image of `{}` is not the one its overlay was made over",
-                record.name
-            ),
-        ));
-    }
     let kernel_folder = world.images.kernel_folder(kernel.id);
     kernel::refresh_initrd(&kernel_folder, &world.programs.init)
         .map_err(|error| build_error(&error))?;
-    let image_root = world.images.image_folder(image.id).join(image::ROOT_IMAGE);
-    let root = match record.spec.storage {
-        Storage::Overlay => image_root.clone(),
-        Storage::Copy => files.overlay(),
-    };
-    let wanted = match record.spec.storage {
-        Storage::Overlay => record.overlay_uuid.to_string(),
-        Storage::Copy => image.uuid.clone(),
-    };
-    ensure_disk(record, &files.overlay(), &wanted, |path| {
-        files::make_overlay(world, record, path)
-    })?;
+    let layer = Layer::of(world, record, files)?;
+    let root = storage::driver(record.spec.storage).open(&layer)?;
     if let (Some(uuid), Some(bytes)) = (record.disk_uuid, record.spec.disk_bytes) {
-        let make = |path: &std::path::Path| files::make_disk(world, bytes.get(), uuid, path);
-        ensure_disk(record, &files.disk(), &uuid.to_string(), make)?;
+        let (path, expected) = (files.disk(), uuid.to_string());
+        storage::ensure_disk(&record.name, record.started_once, &path, &expected, || {
+            storage::make_empty(&world.paths.cache, bytes.get(), &path, uuid)
+        })?;
     }
     let opened = Opened {
         root,
         kernel: kernel_folder.join(kernel::VMLINUX),
         initrd: kernel_folder.join(kernel::INITRD),
         modules: kernel_folder.join(kernel::MODULES_IMAGE),
-        image_uuid: image.uuid,
         modules_uuid: kernel.modules_uuid,
         init: image.init,
     };
-    for path in [&image_root, &opened.kernel, &opened.initrd, &opened.modules] {
+    for path in [
+        &layer.image,
+        &opened.kernel,
+        &opened.initrd,
+        &opened.modules,
+    ] {
         std::fs::File::open(path).map_err(|error| io_error("open", path, &error))?;
     }
     Ok(opened)
-}
-
-/// Checks that a disk is the VM's own. One that never held data is made again if it is missing or torn; one that did,
-/// and one that is somebody else's, is never touched.
-fn ensure_disk(
-    record: &VmRecord,
-    path: &std::path::Path,
-    uuid: &str,
-    make: impl Fn(&std::path::Path) -> Result<(), ErrorBody>,
-) -> Result<(), ErrorBody> {
-    match template::read_ext4_uuid(path) {
-        Ok(found) if found.to_string() == uuid => Ok(()),
-        Ok(found) => Err(ErrorBody::new(
-            ErrorCode::Conflict,
-            format!(
-                "`{}` is not the disk of `{}`: it carries the UUID {found}, not {uuid}",
-                path.display(),
-                record.name
-            ),
-        )
-        .hint("put the right file back; nothing was changed")),
-        Err(error) if record.started_once => {
-            Err(build_error(&error).hint("put the file back from a backup; nothing was changed"))
-        }
-        Err(_) => match std::fs::remove_file(path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(io_error("remove", path, &error))
-            }
-            Ok(()) | Err(_) => make(path),
-        },
-    }
 }
 
 /// A launch that lacks only its descriptors.
@@ -467,11 +422,10 @@ fn machine(
     opened: &Opened,
     accelerator: banger_vmm::driver::Accelerator,
 ) -> MachineConfig {
-    let own_root = record.spec.storage == Storage::Copy;
     let mut drives = vec![
         DriveConfig {
-            path: opened.root.clone(),
-            read_only: !own_root,
+            path: opened.root.path.clone(),
+            read_only: !opened.root.own,
         },
         DriveConfig {
             path: opened.modules.clone(),
@@ -482,9 +436,9 @@ fn machine(
             read_only: true,
         },
     ];
-    if !own_root {
+    if let Some((path, _)) = &opened.root.overlay {
         drives.push(DriveConfig {
-            path: files.overlay(),
+            path: path.clone(),
             read_only: false,
         });
     }
@@ -517,7 +471,7 @@ fn machine(
 fn boot_config(world: &World, record: &VmRecord, opened: &Opened) -> Result<BootConfig, ErrorBody> {
     let seed: [u8; 32] =
         keys::random().map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
-    let own_root = record.spec.storage == Storage::Copy;
+    let own_root = opened.root.own;
     let drive = |role, uuid, read_only, grow| Drive {
         role,
         uuid,
@@ -528,7 +482,7 @@ fn boot_config(world: &World, record: &VmRecord, opened: &Opened) -> Result<Boot
     let mut drives = vec![
         drive(
             DriveRole::Root,
-            Some(opened.image_uuid.clone()),
+            Some(opened.root.uuid.clone()),
             !own_root,
             own_root,
         ),
@@ -540,10 +494,10 @@ fn boot_config(world: &World, record: &VmRecord, opened: &Opened) -> Result<Boot
         ),
         drive(DriveRole::Config, None, true, false),
     ];
-    if !own_root {
+    if let Some((_, uuid)) = &opened.root.overlay {
         drives.push(drive(
             DriveRole::Overlay,
-            Some(record.overlay_uuid.to_string()),
+            Some(uuid.to_string()),
             false,
             false,
         ));
@@ -611,8 +565,7 @@ pub(super) async fn unwind(world: &World, record: &VmRecord) -> Result<Vec<Strin
         teardown::end_processes(&path, std::time::Duration::ZERO)
     });
     let _lock = ended.await.unwrap_or_else(|_| Err(LockError::Held(lock)))?;
-    Ok(teardown::release_port(world, record.id, "unwind")
-        .await
-        .into_iter()
-        .collect())
+    let closed = teardown::close_storage(world, record, "unwind").await;
+    let released = teardown::release_port(world, record.id, "unwind").await;
+    Ok(closed.into_iter().chain(released).collect())
 }

@@ -3,6 +3,8 @@
 
 use super::files::VmFiles;
 use crate::crash::{Side, point};
+use crate::record::VmRecord;
+use crate::storage::{self, Owner};
 use crate::world::World;
 use banger_core::id::VmId;
 use banger_vmm::lock::{LockError, Locked, holders, try_lock, wait_free};
@@ -58,6 +60,29 @@ pub(crate) async fn release_port(world: &World, id: VmId, verb: &'static str) ->
         tracing::warn!(vm = %id, problem, "a port was left behind");
     }
     problem
+}
+
+/// Detaches what a dead VM's storage driver attached. Answers what could not be detached.
+pub(crate) async fn close_storage(
+    world: &World,
+    record: &VmRecord,
+    verb: &'static str,
+) -> Option<String> {
+    point(verb, "close-storage", Side::Before);
+    let driver = storage::driver(record.spec.storage);
+    let owner = Owner {
+        instance: world.instance.id,
+        vm: record.id,
+    };
+    let closed = tokio::task::spawn_blocking(move || driver.close(&owner)).await;
+    point(verb, "close-storage", Side::After);
+    let problem = match closed {
+        Ok(Ok(())) => return None,
+        Ok(Err(error)) => error.message,
+        Err(error) => error.to_string(),
+    };
+    tracing::warn!(vm = %record.id, problem, "a storage was left attached");
+    Some(problem)
 }
 
 /// Removes what a dead VM's attempt left in its folder. Answers what could not be removed.

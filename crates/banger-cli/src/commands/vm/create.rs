@@ -50,7 +50,7 @@ pub(crate) struct CreateArgs {
     /// The VMM that runs it
     #[arg(long, value_enum, default_value_t = DriverWord::Auto)]
     driver: DriverWord,
-    /// How it gets its own `/`: share the image and keep changes apart, or copy it
+    /// How it gets its own `/` from the image (`vm show` and `doctor` say which, and why)
     #[arg(long, value_enum, default_value_t = StorageWord::Auto)]
     storage: StorageWord,
     /// Do not start it
@@ -76,8 +76,10 @@ enum DriverWord {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum StorageWord {
     Auto,
+    Reflink,
     Overlay,
     Copy,
+    Snapshot,
 }
 
 pub(crate) fn run(args: CreateArgs) -> Outcome {
@@ -150,8 +152,10 @@ fn request(args: &CreateArgs) -> CreateVm {
         },
         storage: match args.storage {
             StorageWord::Auto => StorageChoice::Auto,
+            StorageWord::Reflink => StorageChoice::Reflink,
             StorageWord::Overlay => StorageChoice::Overlay,
             StorageWord::Copy => StorageChoice::Copy,
+            StorageWord::Snapshot => StorageChoice::Snapshot,
         },
         start: !args.no_start,
     }

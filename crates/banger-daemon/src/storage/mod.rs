@@ -1,0 +1,291 @@
+//! How a VM gets its own `/`: one trait, one file a driver. All of it blocks and belongs on a thread that may.
+//!
+//! ```text
+//!   create   the VM's folder is staged        reset    the layer is thrown away and made anew
+//!   open     a start: checks, attaches        close    a dead VM: detaches; nothing of the layer is lost
+//! ```
+
+mod copy;
+mod facts;
+mod overlay;
+mod reflink;
+mod snapshot;
+
+#[cfg(test)]
+mod tests;
+
+pub(crate) use facts::StorageFacts;
+
+use crate::images::build_error;
+use crate::record::VmRecord;
+use crate::vm::files::{VmFiles, io_error};
+use crate::world::World;
+use banger_api::error::{ErrorBody, ErrorCode};
+use banger_core::id::{InstanceId, VmId};
+use banger_core::name::VmName;
+use banger_core::spec::{Storage, StorageChoice, StorageImpossible, resolve_storage};
+use banger_image::context::Context;
+use banger_image::image::ROOT_IMAGE;
+use banger_image::template;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use uuid::Uuid;
+
+/// Whose an attached layer is: all host objects of it carry this.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Owner {
+    pub(crate) instance: InstanceId,
+    pub(crate) vm: VmId,
+}
+
+/// One VM's own layer over its image: what a storage driver works on.
+#[derive(Debug, Clone)]
+pub(crate) struct Layer {
+    pub(crate) owner: Owner,
+    pub(crate) name: VmName,
+    /// The image's filesystem, which is never written to.
+    pub(crate) image: PathBuf,
+    pub(crate) image_uuid: String,
+    /// SHA-256 of the image now, and when the layer was made.
+    pub(crate) image_digest: String,
+    pub(crate) made_over: String,
+    /// The VM's own file.
+    pub(crate) file: PathBuf,
+    /// The UUID of a filesystem of its own.
+    pub(crate) overlay_uuid: Uuid,
+    /// New data that the VM may write.
+    pub(crate) overlay_bytes: u64,
+    /// It may hold data: it is never made again.
+    pub(crate) precious: bool,
+    /// Where templates are kept.
+    pub(crate) cache: PathBuf,
+}
+
+impl Layer {
+    /// The layer of `record` in the folder of `files`.
+    ///
+    /// # Errors
+    /// Its image is gone.
+    pub(crate) fn of(world: &World, record: &VmRecord, files: &VmFiles) -> Result<Self, ErrorBody> {
+        let image = world
+            .images
+            .image_by_id(record.spec.image)
+            .ok_or_else(|| {
+                ErrorBody::new(
+                    ErrorCode::NotFound,
+                    format!(
+                        "the image {} of `{}` is gone",
+                        record.spec.image, record.name
+                    ),
+                )
+                .hint("`banger image list` shows those that are there")
+            })?
+            .manifest;
+        Ok(Self {
+            owner: Owner {
+                instance: world.instance.id,
+                vm: record.id,
+            },
+            name: record.name.clone(),
+            image: world.images.image_folder(image.id).join(ROOT_IMAGE),
+            image_uuid: image.uuid,
+            image_digest: image.sha256,
+            made_over: record.image_digest.clone(),
+            file: files.overlay(),
+            overlay_uuid: record.overlay_uuid,
+            overlay_bytes: record.spec.overlay_bytes.get(),
+            precious: record.started_once,
+            cache: world.paths.cache.clone(),
+        })
+    }
+
+    fn image_bytes(&self) -> Result<u64, ErrorBody> {
+        let facts = std::fs::metadata(&self.image);
+        facts
+            .map(|facts| facts.len())
+            .map_err(|error| io_error("read", &self.image, &error))
+    }
+}
+
+/// What a VM boots from, in the order of drives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct RootDrive {
+    /// The root drive's file or block device.
+    pub(crate) path: PathBuf,
+    /// The UUID of its filesystem.
+    pub(crate) uuid: String,
+    /// It is the VM's own: written to, and grown in the guest.
+    pub(crate) own: bool,
+    /// The overlay drive's file and UUID, where the guest joins the two.
+    pub(crate) overlay: Option<(PathBuf, Uuid)>,
+}
+
+impl RootDrive {
+    /// A root that is the VM's own, with the image's UUID.
+    fn own(path: PathBuf, layer: &Layer) -> Self {
+        Self {
+            path,
+            uuid: layer.image_uuid.clone(),
+            own: true,
+            overlay: None,
+        }
+    }
+}
+
+/// A storage driver.
+pub(crate) trait StorageDriver: std::fmt::Debug + Send + Sync {
+    #[allow(dead_code, reason = "messages of the verbs that come after it")]
+    /// Which one it is.
+    fn storage(&self) -> Storage;
+
+    /// What speaks for it on this host, or why it is not possible.
+    fn judge(&self, facts: &StorageFacts) -> Result<String, String>;
+
+    /// Makes the layer's file, which must not exist. After an error nothing is left of it.
+    fn create(&self, layer: &Layer) -> Result<(), ErrorBody>;
+
+    /// Checks the layer and attaches what the host must attach. One that is missing is made if it holds no data yet.
+    /// Opening what is open already is a success: only one start holds the VM's lock.
+    fn open(&self, layer: &Layer) -> Result<RootDrive, ErrorBody>;
+
+    /// Detaches what [`StorageDriver::open`] attached. No error if nothing is. It needs no write to succeed.
+    fn close(&self, owner: &Owner) -> Result<(), ErrorBody> {
+        let _ = owner;
+        Ok(())
+    }
+
+    #[allow(dead_code, reason = "the verbs that need it come after it")]
+    /// Throws the layer away and makes a fresh one over the layer's image. The VM's lock must be held. After an
+    /// error, or a crash, the old layer is there, whole, or the new one.
+    fn reset(&self, layer: &Layer) -> Result<(), ErrorBody> {
+        let fresh = fresh_beside(&layer.file);
+        remove_if_there(&fresh)?;
+        self.create(&Layer {
+            file: fresh.clone(),
+            ..layer.clone()
+        })?;
+        self.close(&layer.owner)?;
+        let renamed = banger_host::storage::sync_file(&fresh)
+            .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))
+            .and_then(|()| {
+                std::fs::rename(&fresh, &layer.file)
+                    .map_err(|error| io_error("replace", &layer.file, &error))
+            });
+        if renamed.is_err() {
+            // The first failure is what counts; the next reset removes what is left.
+            let _ = std::fs::remove_file(&fresh);
+        }
+        renamed
+    }
+
+    #[allow(dead_code, reason = "the views that need it come after it")]
+    /// The bytes that the layer takes on the host.
+    fn bytes_on_host(&self, layer: &Layer) -> Result<u64, ErrorBody> {
+        banger_host::storage::allocated(&layer.file)
+            .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))
+    }
+}
+
+/// The driver of that name.
+pub(crate) fn driver(storage: Storage) -> &'static dyn StorageDriver {
+    match storage {
+        Storage::Reflink => &reflink::Reflink,
+        Storage::Overlay => &overlay::Overlay,
+        Storage::Copy => &copy::Copy,
+        Storage::Snapshot => &snapshot::Snapshot,
+    }
+}
+
+/// What this host can do for storage, measured once for each run of the daemon.
+#[derive(Debug, Default)]
+pub(crate) struct StorageHost {
+    facts: OnceLock<StorageFacts>,
+}
+
+impl StorageHost {
+    /// The facts. The first call tries things out on the two filesystems.
+    pub(crate) fn facts(&self, images: &Path, vms: &Path) -> &StorageFacts {
+        self.facts
+            .get_or_init(|| StorageFacts::measure(images, vms))
+    }
+}
+
+/// The storage for `choice` on this host, and why.
+pub(crate) fn choose(
+    world: &World,
+    choice: StorageChoice,
+) -> Result<(Storage, String), StorageImpossible> {
+    let facts = world
+        .storage
+        .facts(&world.paths.images(), &world.paths.vms());
+    resolve_storage(choice, |storage| driver(storage).judge(facts))
+}
+
+/// Why a storage cannot be had, on the wire.
+pub(crate) fn impossible(error: &StorageImpossible) -> ErrorBody {
+    ErrorBody::new(ErrorCode::HostUnfit, error.to_string())
+        .hint("`--storage auto` takes the best one that this host allows")
+}
+
+/// Makes an empty ext4 of `bytes`, which must not exist.
+pub(crate) fn make_empty(
+    cache: &Path,
+    bytes: u64,
+    target: &Path,
+    uuid: Uuid,
+) -> Result<(), ErrorBody> {
+    let context = Context::quiet(cache.to_owned());
+    let template =
+        template::ensure_empty_ext4(bytes, &context).map_err(|error| build_error(&error))?;
+    template::clone_empty_ext4(&template, target, uuid).map_err(|error| build_error(&error))
+}
+
+/// Grows a file, which keeps its content, to `bytes`.
+fn extend(path: &Path, bytes: u64) -> Result<(), ErrorBody> {
+    let file = std::fs::OpenOptions::new().write(true).open(path);
+    file.and_then(|file| file.set_len(bytes))
+        .map_err(|error| io_error("grow", path, &error))
+}
+
+/// Checks that a disk is the VM's own. One that never held data is made again if it is missing or torn; one that did,
+/// and one that is somebody else's, is never touched.
+pub(crate) fn ensure_disk(
+    name: &VmName,
+    precious: bool,
+    path: &Path,
+    uuid: &str,
+    make: impl Fn() -> Result<(), ErrorBody>,
+) -> Result<(), ErrorBody> {
+    match template::read_ext4_uuid(path) {
+        Ok(found) if found.to_string() == uuid => Ok(()),
+        Ok(found) => Err(ErrorBody::new(
+            ErrorCode::Conflict,
+            format!(
+                "`{}` is not the disk of `{name}`: it carries the UUID {found}, not {uuid}",
+                path.display()
+            ),
+        )
+        .hint("put the right file back; nothing was changed")),
+        Err(error) if precious => {
+            Err(build_error(&error).hint("put the file back from a backup; nothing was changed"))
+        }
+        Err(_) => {
+            remove_if_there(path)?;
+            make()
+        }
+    }
+}
+
+#[allow(dead_code, reason = "the verbs that need it come after it")]
+fn fresh_beside(file: &Path) -> PathBuf {
+    file.with_extension("fresh")
+}
+
+fn remove_if_there(path: &Path) -> Result<(), ErrorBody> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(io_error("remove", path, &error))
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}

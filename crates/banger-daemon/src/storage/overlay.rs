@@ -1,0 +1,49 @@
+//! The image read-only and shared by all its VMs, an ext4 per VM, joined by overlayfs in the guest.
+
+use super::{Layer, RootDrive, StorageDriver, StorageFacts, ensure_disk, make_empty};
+use banger_api::error::{ErrorBody, ErrorCode};
+use banger_core::spec::Storage;
+
+#[derive(Debug)]
+pub(super) struct Overlay;
+
+impl StorageDriver for Overlay {
+    fn storage(&self) -> Storage {
+        Storage::Overlay
+    }
+
+    fn judge(&self, _: &StorageFacts) -> Result<String, String> {
+        Ok("overlay shares the image and needs nothing of the host".to_owned())
+    }
+
+    fn create(&self, layer: &Layer) -> Result<(), ErrorBody> {
+        make_empty(
+            &layer.cache,
+            layer.overlay_bytes,
+            &layer.file,
+            layer.overlay_uuid,
+        )
+    }
+
+    fn open(&self, layer: &Layer) -> Result<RootDrive, ErrorBody> {
+        if layer.image_digest != layer.made_over {
+            return Err(ErrorBody::new(
+                ErrorCode::Conflict,
+                format!(
+                    "the image of `{}` is not the one its overlay was made over",
+                    layer.name
+                ),
+            ));
+        }
+        let uuid = layer.overlay_uuid.to_string();
+        ensure_disk(&layer.name, layer.precious, &layer.file, &uuid, || {
+            self.create(layer)
+        })?;
+        Ok(RootDrive {
+            path: layer.image.clone(),
+            uuid: layer.image_uuid.clone(),
+            own: false,
+            overlay: Some((layer.file.clone(), layer.overlay_uuid)),
+        })
+    }
+}
