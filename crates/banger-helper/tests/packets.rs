@@ -5,6 +5,7 @@
 mod world;
 
 use banger_core::id::InstanceId;
+use banger_host::host_side::{Caller, Host};
 use banger_host::net::host;
 use banger_host::op::{HostOp, NamespaceOp, Port};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,6 +15,7 @@ use world::{HEADER_BYTES, POOL, World, guest, link_names, run, wait_for};
 
 const BRIDGE_MAC: [u8; 6] = [0x02, 0x62, 0x61, 0x6e, 0x67, 0x72];
 const TCP: u8 = 6;
+const ROOT: Caller = Caller { uid: 0 };
 
 fn checksum(parts: &[&[u8]]) -> [u8; 2] {
     let bytes = parts.concat();
@@ -268,6 +270,8 @@ fn the_host_reaches_guests_over_the_veth_and_has_nothing_left_afterwards() {
     };
     let instance: InstanceId = "0198c2a4-7d1e-7b3a-9c4d-1f2e3d4c5b6a".parse().unwrap();
     let namespace = world.namespace();
+    let descriptors = [namespace.as_fd()];
+    let machine = Host::with_folder(world.directory.path().join("host"));
     let attach = HostOp::AttachVeth {
         instance,
         pool: POOL,
@@ -280,12 +284,12 @@ fn the_host_reaches_guests_over_the_veth_and_has_nothing_left_afterwards() {
             + &run("ip", &["route", "show", "table", "all"])
     };
     let before = state();
-    host::perform(&attach, Some(namespace.as_fd())).unwrap();
+    machine.perform(ROOT, &attach, &descriptors).unwrap();
     let uplink = NamespaceOp::EnsureUplink { pool: POOL };
     world.keeper.request(uplink.clone()).unwrap();
     let attached = state();
     assert_ne!(attached, before);
-    host::perform(&attach, Some(namespace.as_fd())).unwrap();
+    machine.perform(ROOT, &attach, &descriptors).unwrap();
     world.keeper.request(uplink).unwrap();
     assert_eq!(state(), attached, "attaching twice changes nothing");
 
@@ -315,8 +319,8 @@ fn the_host_reaches_guests_over_the_veth_and_has_nothing_left_afterwards() {
     );
     wait_for("the drop", || world.dropped("inet", "forward_dropped") >= 1);
 
-    host::perform(&detach, None).unwrap();
-    host::perform(&detach, None).unwrap();
+    machine.perform(ROOT, &detach, &[]).unwrap();
+    machine.perform(ROOT, &detach, &[]).unwrap();
     assert_eq!(state(), before);
 }
 
@@ -333,7 +337,10 @@ fn somebody_elses_route_is_never_shadowed() {
         instance: "0198c2a4-7d1e-7b3a-9c4d-1f2e3d4c5b6a".parse().unwrap(),
         pool: POOL,
     };
-    let error = host::perform(&attach, Some(namespace.as_fd())).unwrap_err();
+    let machine = Host::with_folder(world.directory.path().join("host"));
+    let error = machine
+        .perform(ROOT, &attach, &[namespace.as_fd()])
+        .unwrap_err();
     assert!(
         error
             .to_string()

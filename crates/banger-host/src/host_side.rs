@@ -2,14 +2,25 @@
 //! `banger-helper`.
 
 mod client;
+mod closed;
+mod descriptor;
+mod forwarding;
 mod host;
+mod ledger;
+mod resolved;
+mod table;
+mod tag;
+mod veth;
 
 pub use client::{HELPER_SOCKET, HelperClient, HelperError};
-pub use host::{Caller, Host};
+pub use host::{Caller, Host, MAX_INSTANCES, Settled};
+pub use ledger::LedgerError;
 
 use crate::net::host::HostOpError;
 use crate::op::{HostAnswer, HostOp};
 use rustix::fd::{BorrowedFd, OwnedFd};
+use std::io;
+use std::ops::ControlFlow;
 
 /// Who does what needs root.
 #[derive(Debug)]
@@ -29,6 +40,22 @@ impl HostSide {
         HelperClient::connect(HELPER_SOCKET.as_ref())
             .ok()
             .map(Self::Helper)
+    }
+
+    /// Keeps what was asked for as it is, whoever changes the packet filter, default routes or forwarding: see
+    /// [`Host::keep_settled`]. Returns at once where the helper does this by itself.
+    ///
+    /// # Errors
+    /// Changes cannot be heard of.
+    pub fn keep_settled(
+        &self,
+        until: BorrowedFd<'_>,
+        report: impl FnMut(Result<Settled, HostOpError>) -> ControlFlow<()>,
+    ) -> io::Result<()> {
+        match self {
+            Self::InProcess(host) => host.keep_settled(until, report),
+            Self::Helper(_) => Ok(()),
+        }
     }
 
     /// Does `op` with its descriptors, and answers with what it hands out.

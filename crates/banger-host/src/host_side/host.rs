@@ -1,12 +1,29 @@
 //! Host operations in this process, which is root.
+//!
+//! Every operation holds the ledger, so that one at a time changes the host; and every one ends by settling all that
+//! is recorded: what has lost its veth is forgotten, and what differs is put right.
 
-use crate::net::host::{self, HostOpError};
-use crate::op::{HostAnswer, HostOp};
+use super::ledger::{Ledger, Record, TableMark};
+use super::table::{self, Contents, Tables};
+use super::tag::Tag;
+use super::{closed, descriptor, forwarding, resolved, veth};
+use crate::net::host::HostOpError;
+use crate::net::links::{Link, Links};
+use crate::net::watch::Watch;
+use crate::op::{HostAnswer, HostOp, NatReport, OwnedKind, OwnedObject, ResolvedReport};
+use banger_core::addr::Pool;
+use banger_core::id::InstanceId;
 use rustix::fd::{BorrowedFd, OwnedFd};
+use std::collections::BTreeSet;
+use std::io;
+use std::net::Ipv4Addr;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 /// Where the machine's own facts about our objects are. Gone after a reboot, as the objects are.
 const RUN_FOLDER: &str = "/run/banger";
+/// The most instances that one user, other than root, may have attached.
+pub const MAX_INSTANCES: usize = 4;
 
 /// For whom an operation is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,10 +41,23 @@ impl Caller {
     }
 }
 
-/// The host as this process, which is root, changes it.
+/// The host as this process, which is root, changes it: always the network namespace that the calling thread is in.
 #[derive(Debug)]
 pub struct Host {
     folder: PathBuf,
+}
+
+/// What settling found to do.
+#[derive(Debug, Default)]
+pub struct Settled {
+    /// How many instances are attached.
+    pub attached: usize,
+    /// Those whose table had to be loaded again, because somebody changed it or the default routes.
+    pub repaired: Vec<InstanceId>,
+    /// Those that had lost their veth; nothing of them is left.
+    pub ended: Vec<InstanceId>,
+    /// Those that could not be put right, and why.
+    pub failed: Vec<(InstanceId, HostOpError)>,
 }
 
 impl Host {
@@ -36,22 +66,21 @@ impl Host {
         Self::with_folder(RUN_FOLDER.into())
     }
 
-    /// One whose facts are in `folder`, made when needed, for root alone.
+    /// One whose facts are in `folder`, made when needed, for its owner alone.
     pub fn with_folder(folder: PathBuf) -> Self {
         Self { folder }
     }
 
-    /// Does `op` for `caller`.
+    /// Does `op` for `caller`, within what others of the machine leave it in turns.
     ///
     /// # Errors
     /// The kernel refuses, or the caller may not do this.
     pub fn perform(
         &self,
-        _caller: Caller,
+        caller: Caller,
         op: &HostOp,
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<(HostAnswer, Vec<OwnedFd>), HostOpError> {
-        let _ = &self.folder;
         if descriptors.len() != op.descriptors() {
             return Err(HostOpError::Descriptors {
                 operation: op.name(),
@@ -59,21 +88,426 @@ impl Host {
                 given: descriptors.len(),
             });
         }
+        let tag = |instance: &InstanceId| Tag::new(caller, *instance);
         let answer = match op {
             HostOp::Hello {} => HostAnswer::Hello {
                 pid: rustix::process::getpid().as_raw_nonzero().get(),
                 version: env!("CARGO_PKG_VERSION").to_owned(),
             },
-            HostOp::AttachVeth { .. } | HostOp::DetachVeth { .. } => {
-                host::perform(op, descriptors.first().copied())?;
+            HostOp::AttachVeth { instance, pool } => {
+                veth::check_pool(*pool)?;
+                descriptor::own_network_namespace(descriptors[0], caller.uid)?;
+                self.work()?.attach(tag(instance), *pool, descriptors[0])?;
                 HostAnswer::Done
             }
-            HostOp::EnsureNat { .. }
-            | HostOp::RemoveNat { .. }
-            | HostOp::EnsureResolved { .. }
-            | HostOp::RemoveResolved { .. }
-            | HostOp::ListOwned {} => return Err(HostOpError::NotYet(op.name())),
+            HostOp::DetachVeth { instance } => {
+                self.work()?.detach(tag(instance))?;
+                HostAnswer::Done
+            }
+            HostOp::EnsureNat { instance, pool } => {
+                HostAnswer::Nat(self.work()?.ensure_nat(tag(instance), *pool)?)
+            }
+            HostOp::RemoveNat { instance } => {
+                self.work()?.remove_nat(tag(instance))?;
+                HostAnswer::Done
+            }
+            HostOp::EnsureResolved {
+                instance,
+                pool,
+                dns,
+            } => HostAnswer::Resolved(self.work()?.ensure_resolved(tag(instance), *pool, *dns)?),
+            HostOp::RemoveResolved { instance } => {
+                self.work()?.remove_resolved(tag(instance))?;
+                HostAnswer::Done
+            }
+            HostOp::ListOwned {} => HostAnswer::Owned {
+                objects: self.work()?.list_owned(caller)?,
+            },
         };
         Ok((answer, Vec::new()))
+    }
+
+    /// Puts right whatever differs from what was asked for: a table that somebody flushed, other default routes; and
+    /// forgets the instances whose veth went with their namespace.
+    ///
+    /// # Errors
+    /// The kernel's tables cannot be read.
+    pub fn settle(&self) -> Result<Settled, HostOpError> {
+        self.work()?.settle()
+    }
+
+    /// Settles now, and again whenever somebody changes the packet filter, links, routes or forwarding, until `until`
+    /// can be read or is hung up, or `report`, which hears every outcome, breaks off.
+    ///
+    /// # Errors
+    /// Changes cannot be heard of.
+    pub fn keep_settled(
+        &self,
+        until: BorrowedFd<'_>,
+        mut report: impl FnMut(Result<Settled, HostOpError>) -> ControlFlow<()>,
+    ) -> io::Result<()> {
+        let watch = Watch::open()?;
+        loop {
+            if report(self.settle()).is_break() || watch.wait(None, Some(until))?.is_none() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn work(&self) -> Result<Work, HostOpError> {
+        Ok(Work {
+            ledger: Ledger::open(&self.folder)?,
+            links: Links::new(),
+            tables: Tables::new(),
+        })
+    }
+}
+
+/// One operation, alone on the host.
+struct Work {
+    ledger: Ledger,
+    links: Links,
+    tables: Tables,
+}
+
+impl Work {
+    /// What is recorded of the instance.
+    ///
+    /// # Errors
+    /// It, or a table with its name, is somebody else's.
+    fn record(&mut self, tag: Tag) -> Result<Option<Record>, HostOpError> {
+        let records = self.ledger.records()?;
+        let named = |record: &&Record| record.instance.tail(12) == tag.instance.tail(12);
+        let record = records.iter().find(named).cloned();
+        if let Some(other) = record.as_ref().filter(|record| record.tag() != tag) {
+            return Err(HostOpError::Foreign {
+                what: "instance",
+                name: other.instance.to_string(),
+                tag: tag.to_string(),
+            });
+        }
+        self.refuse_foreign_table(tag)?;
+        Ok(record)
+    }
+
+    fn refuse_foreign_table(&mut self, tag: Tag) -> Result<(), HostOpError> {
+        let name = table::name(tag.instance);
+        match self.tables.list()?.get(&name) {
+            Some(comment) if comment.as_deref().and_then(Tag::parse) != Some(tag) => {
+                Err(HostOpError::Foreign {
+                    what: "table",
+                    name,
+                    tag: tag.to_string(),
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The record of an instance whose veth is there.
+    fn attached(&mut self, tag: Tag, pool: Pool) -> Result<Record, HostOpError> {
+        let record = self.record(tag)?;
+        let veth = veth::find(&mut self.links, tag)?;
+        let (Some(record), Some(_)) = (record, veth) else {
+            return Err(HostOpError::NotAttached(tag.instance));
+        };
+        if record.pool != pool {
+            return Err(HostOpError::OtherPool {
+                instance: tag.instance,
+                attached: record.pool.network(),
+                asked: pool.network(),
+            });
+        }
+        Ok(record)
+    }
+
+    fn attach(
+        &mut self,
+        tag: Tag,
+        pool: Pool,
+        namespace: BorrowedFd<'_>,
+    ) -> Result<(), HostOpError> {
+        // What has lost its veth neither counts nor says what an instance was told before.
+        self.settle()?;
+        let known = self.record(tag)?;
+        let existing = veth::find(&mut self.links, tag)?;
+        veth::refuse_overlap(
+            &mut self.links,
+            pool,
+            existing.as_ref().map(|link| link.index),
+        )?;
+        let record = match known {
+            Some(record) if record.pool == pool => record,
+            Some(record) => {
+                return Err(HostOpError::OtherPool {
+                    instance: tag.instance,
+                    attached: record.pool.network(),
+                    asked: pool.network(),
+                });
+            }
+            None => {
+                self.refuse_too_many(tag.uid)?;
+                Record {
+                    uid: tag.uid,
+                    instance: tag.instance,
+                    pool,
+                    nat: false,
+                    table: None,
+                    dns: None,
+                }
+            }
+        };
+        let is_new = existing.is_none();
+        // Recorded first, so that whatever happens now is found again.
+        self.ledger.save(&record)?;
+        let attached = self.make(record, namespace);
+        if attached.is_err() && is_new {
+            // The first error is the one to tell.
+            let _ = self.detach(tag);
+        }
+        attached
+    }
+
+    fn make(&mut self, record: Record, namespace: BorrowedFd<'_>) -> Result<(), HostOpError> {
+        let (tag, pool) = (record.tag(), record.pool);
+        let veth = veth::ensure(&mut self.links, tag, pool, namespace)?;
+        // Closed before it is up.
+        self.settle_one(tag)?;
+        veth::enable(&mut self.links, &veth, pool)
+    }
+
+    fn refuse_too_many(&self, uid: u32) -> Result<(), HostOpError> {
+        let records = self.ledger.records()?;
+        let count = records.iter().filter(|record| record.uid == uid).count();
+        if uid != 0 && count >= MAX_INSTANCES {
+            return Err(HostOpError::TooManyInstances {
+                uid,
+                limit: MAX_INSTANCES,
+            });
+        }
+        Ok(())
+    }
+
+    /// All that is of the instance, as far as it is there; the veth goes before the table that closes it.
+    fn detach(&mut self, tag: Tag) -> Result<(), HostOpError> {
+        self.record(tag)?;
+        if veth::find(&mut self.links, tag)?.is_some() {
+            self.links.delete(&tag.instance.veth_name())?;
+        }
+        self.tables.delete(&table::name(tag.instance))?;
+        self.ledger.forget(tag.instance)?;
+        self.settle()?;
+        Ok(())
+    }
+
+    fn ensure_nat(&mut self, tag: Tag, pool: Pool) -> Result<NatReport, HostOpError> {
+        let mut record = self.attached(tag, pool)?;
+        if !record.nat {
+            record.nat = true;
+            self.ledger.save(&record)?;
+        }
+        let uplinks = self.settle_one(tag)?;
+        let forward_closed_by = closed::forward_closed_by(&tag.instance.veth_name(), &uplinks)?;
+        Ok(NatReport {
+            uplinks,
+            forward_closed_by,
+        })
+    }
+
+    fn remove_nat(&mut self, tag: Tag) -> Result<(), HostOpError> {
+        let Some(mut record) = self.record(tag)? else {
+            return Ok(());
+        };
+        if record.nat {
+            record.nat = false;
+            self.ledger.save(&record)?;
+        }
+        self.settle_one(tag)?;
+        Ok(())
+    }
+
+    fn ensure_resolved(
+        &mut self,
+        tag: Tag,
+        pool: Pool,
+        dns: Ipv4Addr,
+    ) -> Result<ResolvedReport, HostOpError> {
+        let mut record = self.attached(tag, pool)?;
+        if !pool.network().contains(dns) {
+            return Err(HostOpError::BadNameServer {
+                dns,
+                pool: pool.network(),
+            });
+        }
+        let link = tag.instance.veth_name();
+        let report = resolved::route(&link, pool.guests(), dns).map_err(HostOpError::Resolved)?;
+        if record.dns != Some(dns) {
+            record.dns = Some(dns);
+            self.ledger.save(&record)?;
+        }
+        Ok(report)
+    }
+
+    fn remove_resolved(&mut self, tag: Tag) -> Result<(), HostOpError> {
+        let Some(mut record) = self.record(tag)? else {
+            return Ok(());
+        };
+        // Without the link there is nothing to revert.
+        if record.dns.is_some() && veth::find(&mut self.links, tag)?.is_some() {
+            resolved::revert(&tag.instance.veth_name()).map_err(HostOpError::Resolved)?;
+        }
+        record.dns = None;
+        Ok(self.ledger.save(&record)?)
+    }
+
+    fn list_owned(&mut self, caller: Caller) -> Result<Vec<OwnedObject>, HostOpError> {
+        self.settle()?;
+        let mut objects = Vec::new();
+        let mut add = |kind, name: String, words: Option<&str>| {
+            if let Some(tag) = words
+                .and_then(Tag::parse)
+                .filter(|tag| tag.uid == caller.uid)
+            {
+                let instance = tag.instance;
+                objects.push(OwnedObject {
+                    kind,
+                    name,
+                    instance,
+                });
+            }
+        };
+        for link in self.links.dump()? {
+            add(OwnedKind::Veth, link.name, link.alias.as_deref());
+        }
+        for (name, comment) in self.tables.list()? {
+            add(OwnedKind::NftTable, name, comment.as_deref());
+        }
+        let lent = self.ledger.lent()?;
+        for record in self.ledger.records()? {
+            if record.uid == caller.uid && record.nat {
+                objects.extend(lent.keys().map(|device| OwnedObject {
+                    kind: OwnedKind::Forwarding,
+                    name: device.clone(),
+                    instance: record.instance,
+                }));
+            }
+        }
+        objects.sort_unstable();
+        Ok(objects)
+    }
+
+    /// Settles all, and fails if this one could not be. Answers with the devices that lead out.
+    fn settle_one(&mut self, tag: Tag) -> Result<Vec<String>, HostOpError> {
+        let mut settled = self.settle()?;
+        let failed = settled
+            .failed
+            .iter()
+            .position(|(instance, _)| *instance == tag.instance);
+        match failed {
+            Some(position) => Err(settled.failed.swap_remove(position).1),
+            None => {
+                let links = self.links.dump()?;
+                self.uplinks(&links)
+            }
+        }
+    }
+
+    /// The devices of the default routes, but for our own.
+    fn uplinks(&mut self, links: &[Link]) -> Result<Vec<String>, HostOpError> {
+        let devices = self.links.default_devices()?;
+        let names: BTreeSet<&String> = links
+            .iter()
+            .filter(|link| devices.contains(&link.index))
+            .filter(|link| link.alias.as_deref().and_then(Tag::parse).is_none())
+            .map(|link| &link.name)
+            .collect();
+        if let Some(odd) = names.iter().find(|name| !table::is_plain_name(name)) {
+            return Err(HostOpError::OddName((*odd).clone()));
+        }
+        Ok(names.into_iter().cloned().collect())
+    }
+
+    fn settle(&mut self) -> Result<Settled, HostOpError> {
+        let mut settled = Settled::default();
+        let mut records = Vec::new();
+        for record in self.ledger.records()? {
+            match veth::find(&mut self.links, record.tag()) {
+                Ok(Some(_)) => records.push(record),
+                // Also if somebody else has taken the name meanwhile: then it is gone as well.
+                Ok(None) | Err(HostOpError::Foreign { .. }) => match self.bury(&record) {
+                    Ok(()) => settled.ended.push(record.instance),
+                    Err(error) => settled.failed.push((record.instance, error)),
+                },
+                Err(error) => settled.failed.push((record.instance, error)),
+            }
+        }
+        settled.attached = records.len();
+        let links = self.links.dump()?;
+        let uplinks = if records.iter().any(|record| record.nat) {
+            self.uplinks(&links)?
+        } else {
+            Vec::new()
+        };
+        let needed = uplinks.iter().cloned().collect();
+        let lent = forwarding::settle(&self.ledger, &links, &needed)?;
+        for record in records {
+            let instance = record.instance;
+            match self.settle_record(record, &uplinks, &lent) {
+                Ok(false) => {}
+                Ok(true) => settled.repaired.push(instance),
+                Err(error) => settled.failed.push((instance, error)),
+            }
+        }
+        Ok(settled)
+    }
+
+    /// Makes the table what the record asks for; says whether that took something.
+    fn settle_record(
+        &mut self,
+        mut record: Record,
+        uplinks: &[String],
+        lent: &[String],
+    ) -> Result<bool, HostOpError> {
+        let tag = record.tag();
+        let (uplinks, lent) = if record.nat {
+            (uplinks, lent)
+        } else {
+            (&[][..], &[][..])
+        };
+        let name = table::name(record.instance);
+        let is_whole = match &record.table {
+            Some(mark) => {
+                mark.uplinks == uplinks
+                    && mark.lent == lent
+                    && self.tables.checksum(&name)? == Some(mark.checksum)
+            }
+            None => false,
+        };
+        if !is_whole {
+            self.refuse_foreign_table(tag)?;
+            self.tables.load(Contents {
+                tag,
+                pool: record.pool,
+                uplinks,
+                lent,
+            })?;
+            record.table = Some(TableMark {
+                uplinks: uplinks.to_vec(),
+                lent: lent.to_vec(),
+                checksum: self.tables.checksum(&name)?.unwrap_or(0),
+            });
+            self.ledger.save(&record)?;
+        }
+        // After the rules, so that nothing passes that they do not know.
+        forwarding::set(&record.instance.veth_name(), record.nat)?;
+        Ok(!is_whole)
+    }
+
+    /// Removes what is left of an instance whose veth is gone.
+    fn bury(&mut self, record: &Record) -> Result<(), HostOpError> {
+        if self.refuse_foreign_table(record.tag()).is_ok() {
+            self.tables.delete(&table::name(record.instance))?;
+        }
+        Ok(self.ledger.forget(record.instance)?)
     }
 }

@@ -1,16 +1,16 @@
-//! The operations that need root on the host: the veth between it and the instance's namespace.
+//! The host's own network: what its routes cover, and what root's operations on it could not do.
 
-use super::links::{Address, Links, NetlinkError, Route, TABLE_LOCAL, TABLE_MAIN};
-use super::namespace::set_sysctl;
-use crate::host_side::HelperError;
-use crate::op::{HostOp, UPLINK};
-use banger_core::addr::{Ipv4Net, Pool};
+use super::links::{Links, NetlinkError};
+use super::nft::NftError;
+use crate::exec::ExecError;
+use crate::host_side::{Caller, HelperError, Host, LedgerError};
+use crate::op::HostOp;
+use banger_core::addr::Ipv4Net;
 use banger_core::id::InstanceId;
 use rustix::fd::BorrowedFd;
-use rustix::io::Errno;
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::io;
-use std::path::Path;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
 
 /// What a host operation could not do.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +18,27 @@ pub enum HostOpError {
     /// The kernel refused a request about the network.
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
+    /// The instance's table could not be loaded into the host's packet filter.
+    #[error(transparent)]
+    Nft(#[from] NftError),
+    /// The facts about our objects could not be read or written.
+    #[error("cannot remember what belongs to whom")]
+    Ledger(#[from] LedgerError),
+    /// systemd-resolved could not be told.
+    #[error("cannot tell systemd-resolved of the names below `.vm`")]
+    Resolved(#[source] ExecError),
+    /// The helper could not be reached, or did not do it.
+    #[error(transparent)]
+    Helper(#[from] HelperError),
+    /// A setting of the kernel could not be read or changed.
+    #[error("cannot use the setting `{}`", path.display())]
+    Setting {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// Somebody else's route covers a part of the pool.
     #[error("the host's {route} overlaps the guests' network {pool}; choose another pool")]
     RouteInTheWay {
@@ -26,9 +47,51 @@ pub enum HostOpError {
         /// The pool.
         pool: Ipv4Net,
     },
-    /// The operation needs the network namespace, and none was given.
-    #[error("no network namespace was given to attach the veth to")]
-    NoNamespace,
+    /// Not a network that guests may have.
+    #[error("{0} cannot be a pool: it must be a /20 of a private network, such as 172.16.16.0/20")]
+    BadPool(Ipv4Net),
+    /// The instance's veth has other addresses.
+    #[error("instance {instance} has the pool {attached}, not {asked}")]
+    OtherPool {
+        /// The instance.
+        instance: InstanceId,
+        /// What it was attached with.
+        attached: Ipv4Net,
+        /// What is asked for now.
+        asked: Ipv4Net,
+    },
+    /// The name server is none of the instance's addresses.
+    #[error("{dns} is not an address of the instance's pool {pool}")]
+    BadNameServer {
+        /// The address.
+        dns: Ipv4Addr,
+        /// The pool.
+        pool: Ipv4Net,
+    },
+    /// The veth is needed first.
+    #[error("the veth of instance {0} is not attached")]
+    NotAttached(InstanceId),
+    /// One user may not have so many.
+    #[error("uid {uid} has {limit} instances attached already, which is the limit")]
+    TooManyInstances {
+        /// The user.
+        uid: u32,
+        /// The limit.
+        limit: usize,
+    },
+    /// Made by somebody else.
+    #[error("{what} `{name}` is not ours: it does not say `{tag}`")]
+    Foreign {
+        /// What it is.
+        what: &'static str,
+        /// Its name.
+        name: String,
+        /// What it should say.
+        tag: String,
+    },
+    /// The device of a default route has a name that no rule can carry.
+    #[error("the device name `{}` cannot be put into a rule", .0.escape_debug())]
+    OddName(String),
     /// Descriptors are missing, or there are too many.
     #[error("{operation} comes with {wanted} descriptors, not {given}")]
     Descriptors {
@@ -39,12 +102,21 @@ pub enum HostOpError {
         /// How many came.
         given: usize,
     },
-    /// It cannot be done yet.
-    #[error("{0} is not supported yet")]
-    NotYet(&'static str),
-    /// The helper could not be reached, or did not do it.
-    #[error(transparent)]
-    Helper(#[from] HelperError),
+    /// The descriptor is something else.
+    #[error("the descriptor is no network namespace but `{}`", .0.escape_debug())]
+    NotANamespace(String),
+    /// The namespace belongs to another user, or is the host's.
+    #[error(
+        "the network namespace `{word}` is not one that uid {uid} made (its owner is uid {owner})"
+    )]
+    ForeignNamespace {
+        /// The kernel's word for it.
+        word: String,
+        /// Whose it is.
+        owner: u32,
+        /// Who gave it.
+        uid: u32,
+    },
     /// The namespace could not be entered.
     #[error("cannot enter the instance's network namespace")]
     Enter(#[source] io::Error),
@@ -53,22 +125,14 @@ pub enum HostOpError {
     Vanished(String),
 }
 
-/// Does `op`; `namespace` is the instance's network namespace, which [`HostOp::AttachVeth`] needs.
+/// Does `op` on this machine, in this process, which is root.
 ///
 /// # Errors
-/// The kernel refuses, or a route of somebody else overlaps the pool.
+/// As [`Host::perform`].
 pub fn perform(op: &HostOp, namespace: Option<BorrowedFd<'_>>) -> Result<(), HostOpError> {
-    match op {
-        HostOp::AttachVeth { instance, pool } => {
-            attach_veth(*instance, *pool, namespace.ok_or(HostOpError::NoNamespace)?)
-        }
-        HostOp::DetachVeth { instance } => {
-            // The address, the route and the other end go with it.
-            Links::new().delete(&instance.veth_name())?;
-            Ok(())
-        }
-        _ => Err(HostOpError::NotYet(op.name())),
-    }
+    let descriptors: Vec<_> = namespace.into_iter().collect();
+    Host::of_this_machine().perform(Caller::this_process(), op, &descriptors)?;
+    Ok(())
 }
 
 /// Every IPv4 network that this host has a route to or an address of (default routes are left out), for the choice of
@@ -86,108 +150,4 @@ pub fn host_routes() -> Result<Vec<Ipv4Net>, HostOpError> {
     networks.sort_unstable_by_key(|network| (network.base(), network.prefix()));
     networks.dedup();
     Ok(networks)
-}
-
-fn attach_veth(
-    instance: InstanceId,
-    pool: Pool,
-    namespace: BorrowedFd<'_>,
-) -> Result<(), HostOpError> {
-    let name = instance.veth_name();
-    let mut links = Links::new();
-    let existing = links.find(&name)?;
-    refuse_overlap(&mut links, pool, existing.as_ref().map(|link| link.index))?;
-    let joined = match &existing {
-        Some(link) => is_uplink(namespace, link.peer, link.index)?,
-        None => false,
-    };
-    if !joined {
-        // One whose other end is elsewhere, or gone astray, is of no use.
-        links.delete(&name)?;
-        in_namespace(namespace, || Links::new().delete(UPLINK))??;
-        links.create_veth(&name, UPLINK, namespace)?;
-    }
-    let veth = links
-        .find(&name)?
-        .ok_or_else(|| HostOpError::Vanished(name.clone()))?;
-    // No address of its own making. Without IPv6 in the kernel there is nothing to switch off.
-    let _ = set_sysctl(
-        &Path::new("/proc/sys/net/ipv6/conf")
-            .join(&name)
-            .join("disable_ipv6"),
-        "1",
-    );
-    links.ensure_address(Address {
-        link: veth.index,
-        address: pool.host(),
-        prefix: 32,
-    })?;
-    if !veth.up {
-        links.set_up(veth.index, true)?;
-    }
-    Ok(links.ensure_route(&Route {
-        table: TABLE_MAIN,
-        destination: pool.guests(),
-        link: Some(veth.index),
-        gateway: Some(pool.uplink()),
-        source: Some(pool.host()),
-    })?)
-}
-
-/// A route that goes through our own veth is no obstacle; any other within, or around, the pool is.
-fn refuse_overlap(links: &mut Links, pool: Pool, own: Option<u32>) -> Result<(), HostOpError> {
-    let obstacle = links.routes()?.into_iter().find(|route| {
-        matches!(route.table, TABLE_MAIN | TABLE_LOCAL)
-            && route.destination.prefix() > 0
-            && route.destination.overlaps(&pool.network())
-            && (own.is_none() || route.link != own)
-    });
-    let Some(obstacle) = obstacle else {
-        return Ok(());
-    };
-    let mut route = format!("route {}", obstacle.destination);
-    if let Some(gateway) = obstacle.gateway {
-        route.push_str(&format!(" via {gateway}"));
-    }
-    let device = links
-        .dump()?
-        .into_iter()
-        .find(|link| Some(link.index) == obstacle.link);
-    if let Some(device) = device {
-        route.push_str(&format!(" dev {}", device.name));
-    }
-    Err(HostOpError::RouteInTheWay {
-        route,
-        pool: pool.network(),
-    })
-}
-
-/// Whether link `peer` of `namespace` is the namespace's uplink and the other end of our link `index`.
-fn is_uplink(
-    namespace: BorrowedFd<'_>,
-    peer: Option<u32>,
-    index: u32,
-) -> Result<bool, HostOpError> {
-    let uplink = in_namespace(namespace, || Links::new().find(UPLINK))??;
-    Ok(uplink.is_some_and(|uplink| Some(uplink.index) == peer && uplink.peer == Some(index)))
-}
-
-/// Runs `work` in `namespace`, in a thread of its own that ends with it.
-fn in_namespace<T: Send>(
-    namespace: BorrowedFd<'_>,
-    work: impl FnOnce() -> T + Send,
-) -> Result<T, HostOpError> {
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new()
-            .name("in-namespace".to_owned())
-            .spawn_scoped(scope, move || {
-                move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network))?;
-                Ok::<T, Errno>(work())
-            })
-            .map_err(HostOpError::Enter)?;
-        match thread.join() {
-            Ok(result) => result.map_err(|errno| HostOpError::Enter(errno.into())),
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
-    })
 }

@@ -9,6 +9,7 @@ use netlink_bindings::{rt_addr, rt_link, rt_neigh, rt_route};
 use netlink_socket2::{NetlinkSocket, ReplyError};
 use rustix::fd::{AsRawFd, BorrowedFd};
 use rustix::io::Errno;
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
@@ -76,6 +77,10 @@ pub struct Link {
     pub mac: Option<MacAddress>,
     /// Whether it is a bridge port that may not talk to other isolated ports.
     pub isolated: bool,
+    /// The words that somebody left with it.
+    pub alias: Option<String>,
+    /// The number of its group; 0 unless somebody chose one.
+    pub group: u32,
 }
 
 /// An IPv4 address of a link.
@@ -195,13 +200,14 @@ impl Links {
             .map_err(NetlinkError::new(format!("make bridge `{name}`")))
     }
 
-    /// Makes a veth (down): `name` here, `peer` in `namespace`.
+    /// Makes a veth (down): `name` here and in the group `group`, `peer` in `namespace`.
     ///
     /// # Errors
     /// A name is taken, or the kernel refuses.
     pub fn create_veth(
         &mut self,
         name: &str,
+        group: u32,
         peer: &str,
         namespace: BorrowedFd<'_>,
     ) -> Result<(), NetlinkError> {
@@ -213,6 +219,7 @@ impl Links {
             let mut info = request
                 .encode()
                 .push_ifname_bytes(name.as_bytes())
+                .push_group(group)
                 .nested_linkinfo()
                 .push_kind(c"veth");
             // The bindings do not know the veth's own data: a header and attributes of the other end.
@@ -231,6 +238,20 @@ impl Links {
         }
         self.act(&request)
             .map_err(NetlinkError::new(format!("make veth `{name}`")))
+    }
+
+    /// Leaves words with a link and takes it out of its group, both at once.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn set_alias(&mut self, link: u32, alias: &str) -> Result<(), NetlinkError> {
+        let mut request = rt_link::Request::new().op_setlink_do(&header_of(link));
+        request
+            .encode()
+            .push_ifalias_bytes(alias.as_bytes())
+            .push_group(0);
+        self.act(&request)
+            .map_err(NetlinkError::new(format!("name the owner of link {link}")))
     }
 
     /// Removes the link called `name`; says whether it was there.
@@ -395,6 +416,33 @@ impl Links {
         Ok(routes)
     }
 
+    /// The devices of all IPv4 routes to everywhere (or to a half of it, as some VPNs divide it).
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn default_devices(&mut self) -> Result<BTreeSet<u32>, NetlinkError> {
+        self.default_devices_raw()
+            .map_err(NetlinkError::new("list the default routes"))
+    }
+
+    fn default_devices_raw(&mut self) -> Result<BTreeSet<u32>, ReplyError> {
+        let request = rt_route::Request::new().op_getroute_dump(&rt_route::Rtmsg {
+            rtm_family: INET,
+            ..Default::default()
+        });
+        let mut reply = self.socket.request(&request)?;
+        let mut devices = BTreeSet::new();
+        while let Some((header, attributes)) = reply.recv().transpose()? {
+            if header.rtm_family != INET || header.rtm_type != RTN_UNICAST || header.rtm_dst_len > 1
+            {
+                continue;
+            }
+            devices.extend(attributes.get_oif().ok());
+            devices.extend(next_hops(attributes.get_multipath().unwrap_or_default()));
+        }
+        Ok(devices)
+    }
+
     /// Makes a route of the main table, if it is not there yet.
     ///
     /// # Errors
@@ -551,6 +599,19 @@ impl Links {
 const INET: u8 = AF_INET as u8;
 const BRIDGE_FAMILY: u8 = AF_BRIDGE as u8;
 
+/// The devices of a route with several ways: each a `struct rtnexthop` and its attributes.
+fn next_hops(mut bytes: &[u8]) -> Vec<u32> {
+    let mut devices = Vec::new();
+    while let Some((header, _)) = bytes.split_first_chunk::<8>() {
+        devices.push(u32::from_ne_bytes([
+            header[4], header[5], header[6], header[7],
+        ]));
+        let length = usize::from(u16::from_ne_bytes([header[0], header[1]])).next_multiple_of(4);
+        bytes = bytes.get(length.max(8)..).unwrap_or_default();
+    }
+    devices
+}
+
 fn link_of(
     header: &rt_link::Ifinfomsg,
     attributes: &rt_link::IterableLinkAttrs<'_>,
@@ -577,6 +638,11 @@ fn link_of(
             .and_then(|bytes| bytes.try_into().ok())
             .map(MacAddress),
         isolated,
+        alias: attributes
+            .get_ifalias()
+            .ok()
+            .map(|alias| alias.to_string_lossy().into_owned()),
+        group: attributes.get_group().unwrap_or(0),
     })
 }
 
@@ -584,5 +650,24 @@ fn header_of(link: u32) -> rt_link::Ifinfomsg {
     rt_link::Ifinfomsg {
         ifi_index: link.cast_signed(),
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_way_of_a_route_with_several_is_seen_and_nonsense_ends_the_list() {
+        let mut bytes = Vec::new();
+        for device in [3_u32, 7] {
+            bytes.extend(14_u16.to_ne_bytes());
+            bytes.extend([0, 0]);
+            bytes.extend(device.to_ne_bytes());
+            bytes.extend([0; 8]);
+        }
+        assert_eq!(next_hops(&bytes), [3, 7]);
+        assert_eq!(next_hops(&[0; 17]), [0, 0]);
+        assert_eq!(next_hops(&[9; 7]), Vec::<u32>::new());
     }
 }

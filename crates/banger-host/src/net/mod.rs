@@ -9,3 +9,4 @@ pub mod nft;
 pub mod pasta;
 pub mod seqpacket;
 pub mod tap;
+pub mod watch;

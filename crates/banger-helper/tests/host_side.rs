@@ -1,0 +1,437 @@
+//! What root's operations do to a host: the real kernel, in networks that the tests make.
+
+mod machine;
+
+use banger_host::host_side::Caller;
+use banger_host::net::host::HostOpError;
+use banger_host::op::{HostAnswer, OwnedKind};
+use machine::{
+    HOST, Instance, Machine, ROOT, SERVER, connect, forwards, here, inside, run, sh, wait_for,
+};
+use std::ops::ControlFlow;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+#[test]
+fn attaching_and_nat_leave_the_host_as_it_was() {
+    let Some(machine) = Machine::new("attaching_and_nat_leave_the_host_as_it_was") else {
+        return;
+    };
+    sh(
+        "nft add table inet other; nft add chain inet other c '{ type filter hook forward priority 5; }'",
+    );
+    let instance = Instance::new(1);
+    let before = machine.state();
+    machine.attach(&instance).unwrap();
+    let attached = machine.state();
+    assert_ne!(attached, before);
+    machine.attach(&instance).unwrap();
+    assert_eq!(machine.state(), attached, "attaching twice changes nothing");
+
+    let report = machine.nat(&instance);
+    assert_eq!(report.uplinks, ["eth0"]);
+    assert_eq!(report.forward_closed_by, []);
+    let open = machine.state();
+    assert_eq!(machine.nat(&instance), report);
+    assert_eq!(machine.state(), open, "NAT twice changes nothing");
+
+    machine.perform(&instance.remove_nat()).unwrap();
+    machine.perform(&instance.remove_nat()).unwrap();
+    assert_eq!(machine.state(), attached);
+    machine.nat(&instance);
+    machine.perform(&instance.detach()).unwrap();
+    machine.perform(&instance.detach()).unwrap();
+    assert_eq!(machine.state(), before);
+    let left: Vec<_> = std::fs::read_dir(&machine.folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert!(
+        left.iter()
+            .all(|name| name == "lock" || name == "forwarding.json"),
+        "{left:?}"
+    );
+}
+
+#[test]
+fn nat_lets_a_guest_out_behind_the_hosts_address_and_nobody_in() {
+    let Some(machine) = Machine::new("nat_lets_a_guest_out_behind_the_hosts_address_and_nobody_in")
+    else {
+        return;
+    };
+    let instance = Instance::new(1);
+    machine.attach(&instance).unwrap();
+    assert_eq!(
+        instance.reach(&machine.internet, SERVER),
+        None,
+        "closed at first"
+    );
+    machine.nat(&instance);
+    let seen = instance.reach(&machine.internet, SERVER).unwrap();
+    assert_eq!(seen.ip(), HOST);
+    // The host opens connections to its guests, and they to nothing of it.
+    let host = here();
+    assert!(connect(&host, &instance.namespace, instance.guest()).is_some());
+    for address in [HOST, instance.pool.host()] {
+        assert_eq!(instance.reach(&host, address), None, "{address}");
+    }
+    // A neighbour that sends to the guests' network through this host does not get there.
+    inside(&machine.internet, || {
+        sh(&format!(
+            "ip route add {} via {HOST}",
+            instance.pool.guests()
+        ))
+    });
+    let guest = instance.guest();
+    assert_eq!(connect(&machine.internet, &instance.namespace, guest), None);
+    machine.perform(&instance.remove_nat()).unwrap();
+    assert_eq!(instance.reach(&machine.internet, SERVER), None);
+}
+
+#[test]
+fn forwarding_is_on_for_the_way_out_alone_and_other_ways_stay_closed() {
+    let Some(machine) =
+        Machine::new("forwarding_is_on_for_the_way_out_alone_and_other_ways_stay_closed")
+    else {
+        return;
+    };
+    // Another network of the host, which it is no router for.
+    let third = machine::new_namespace();
+    banger_host::net::links::Links::new()
+        .create_veth("eth1", 0, "eth0", third.as_fd())
+        .unwrap();
+    sh("ip addr add 203.0.113.1/24 dev eth1; ip link set eth1 up");
+    inside(&third, || {
+        sh(
+            "ip addr add 203.0.113.2/24 dev eth0; ip link set eth0 up; ip route add default via 203.0.113.1",
+        )
+    });
+    inside(&machine.internet, || {
+        sh("ip route add 203.0.113.0/24 via 198.51.100.1")
+    });
+    let other = std::net::Ipv4Addr::new(203, 0, 113, 2);
+    assert_eq!(connect(&machine.internet, &third, other), None);
+
+    let (one, two) = (Instance::new(1), Instance::new(2));
+    machine.attach(&one).unwrap();
+    machine.attach(&two).unwrap();
+    machine.nat(&one);
+    machine.nat(&two);
+    for (device, on) in [
+        ("eth0", true),
+        ("eth1", false),
+        ("all", false),
+        ("default", false),
+    ] {
+        assert_eq!(forwards(device), on, "{device}");
+    }
+    assert!(forwards(&one.veth()) && forwards(&two.veth()));
+    assert!(one.reach(&machine.internet, SERVER).is_some());
+    assert!(two.reach(&machine.internet, SERVER).is_some());
+    // Though packets from `eth0` could be passed on now, none are that nobody asked for.
+    assert_eq!(connect(&machine.internet, &third, other), None);
+    // Nor do guests reach each other, or networks that are not on the way out.
+    assert_eq!(connect(&one.namespace, &two.namespace, two.guest()), None);
+    assert_eq!(connect(&one.namespace, &third, other), None);
+
+    // The first that goes leaves the device to the second.
+    machine.perform(&one.detach()).unwrap();
+    assert!(forwards("eth0"));
+    assert!(two.reach(&machine.internet, SERVER).is_some());
+    machine.perform(&two.remove_nat()).unwrap();
+    assert!(!forwards("eth0") && !forwards(&two.veth()));
+}
+
+#[test]
+fn a_host_that_became_a_router_meanwhile_stays_one() {
+    let Some(machine) = Machine::new("a_host_that_became_a_router_meanwhile_stays_one") else {
+        return;
+    };
+    let instance = Instance::new(1);
+    machine.attach(&instance).unwrap();
+    machine.nat(&instance);
+    sh("echo 1 > /proc/sys/net/ipv4/ip_forward");
+    machine.nat(&instance);
+    let ruleset = run("nft", &["list", "ruleset"]);
+    assert!(
+        !ruleset.contains("elements = { \"eth0\" }\n\t}\n\n\tchain input"),
+        "{ruleset}"
+    );
+    machine.perform(&instance.detach()).unwrap();
+    assert!(forwards("eth0") && forwards("all"));
+
+    // One that was a router before stays one, too; and closed guests stay closed on it.
+    machine.attach(&instance).unwrap();
+    assert!(!forwards(&instance.veth()));
+    assert_eq!(instance.reach(&machine.internet, SERVER), None);
+    machine.nat(&instance);
+    machine.perform(&instance.remove_nat()).unwrap();
+    assert!(forwards("eth0"));
+}
+
+#[test]
+fn a_flushed_ruleset_and_another_default_route_are_put_right_within_a_second() {
+    let Some(machine) =
+        Machine::new("a_flushed_ruleset_and_another_default_route_are_put_right_within_a_second")
+    else {
+        return;
+    };
+    let instance = Instance::new(1);
+    machine.attach(&instance).unwrap();
+    machine.nat(&instance);
+    let rules = || run("nft", &["list", "ruleset"]);
+    let whole = rules();
+    let (until, stop) = std::io::pipe().unwrap();
+    std::thread::scope(|scope| {
+        let keeping = scope.spawn(|| {
+            machine.host.keep_settled(until.as_fd(), |settled| {
+                let settled = settled.unwrap();
+                assert!(settled.failed.is_empty(), "{settled:?}");
+                ControlFlow::Continue(())
+            })
+        });
+        let put_right = |what: &str, done: &dyn Fn() -> bool| {
+            let started = Instant::now();
+            wait_for(what, done);
+            let took = started.elapsed();
+            assert!(took < Duration::from_secs(1), "{what} took {took:?}");
+        };
+        sh("nft flush ruleset");
+        put_right("the table", &|| rules() == whole);
+        sh(
+            "nft delete chain inet banger_1f2e3d4c5b01 to_host || nft flush chain inet banger_1f2e3d4c5b01 to_host",
+        );
+        put_right("the chain", &|| rules() == whole);
+        sh("nft flush set inet banger_1f2e3d4c5b01 uplinks");
+        put_right("the set", &|| rules() == whole);
+        sh("echo 0 > /proc/sys/net/ipv4/conf/eth0/forwarding");
+        put_right("forwarding", &|| forwards("eth0"));
+
+        sh("ip link add eth9 type bridge; ip link set eth9 up; ip route replace default dev eth9");
+        put_right("the new device", &|| forwards("eth9") && !forwards("eth0"));
+        assert!(rules().contains("elements = { \"eth9\" }"));
+        sh("ip route del default");
+        put_right("no device", &|| {
+            !forwards("eth9") && !rules().contains("eth9")
+        });
+        sh("ip route add default via 198.51.100.2 dev eth0");
+        put_right("the old device", &|| rules() == whole && forwards("eth0"));
+        assert!(instance.reach(&machine.internet, SERVER).is_some());
+        drop(stop);
+        keeping.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn an_instance_whose_namespace_has_ended_leaves_nothing() {
+    let Some(machine) = Machine::new("an_instance_whose_namespace_has_ended_leaves_nothing") else {
+        return;
+    };
+    let before = machine.state();
+    let instance = Instance::new(1);
+    machine.attach(&instance).unwrap();
+    machine.nat(&instance);
+    let (id, veth) = (instance.id, instance.veth());
+    drop(instance);
+    wait_for("the end of the veth", || !sh("ip -o link").contains(&veth));
+    let settled = machine.host.settle().unwrap();
+    assert_eq!((settled.attached, settled.ended), (0, vec![id]));
+    assert_eq!(machine.state(), before);
+}
+
+#[test]
+fn whoever_closes_the_forward_path_is_named_with_the_remedy_and_not_touched() {
+    let Some(machine) =
+        Machine::new("whoever_closes_the_forward_path_is_named_with_the_remedy_and_not_touched")
+    else {
+        return;
+    };
+    let instance = Instance::new(1);
+    let veth = instance.veth();
+    machine.attach(&instance).unwrap();
+    sh("nft -f - <<'END'
+table ip filter {
+	chain DOCKER-USER { return; }
+	chain FORWARD { type filter hook forward priority filter; policy drop; jump DOCKER-USER; }
+}
+table inet firewalld {
+	chain filter_FORWARD {
+		type filter hook forward priority 10; policy accept;
+		ct state established,related accept
+		reject with icmpx admin-prohibited
+	}
+}
+table inet open {
+	chain forward { type filter hook forward priority 20; policy accept; tcp dport 99 drop; }
+	chain input { type filter hook input priority 20; policy drop; accept; }
+}
+END");
+    let theirs = || {
+        ["ip filter", "inet firewalld", "inet open"]
+            .map(|table| sh(&format!("nft list table {table}")))
+    };
+    let before = theirs();
+    let report = machine.nat(&instance);
+    let chains: Vec<&str> = report
+        .forward_closed_by
+        .iter()
+        .map(|closed| closed.chain.as_str())
+        .collect();
+    assert_eq!(
+        chains,
+        [
+            "chain FORWARD of table ip filter (Docker)",
+            "chain filter_FORWARD of table inet firewalld (firewalld)"
+        ]
+    );
+    assert!(
+        report.forward_closed_by[0]
+            .remedy
+            .starts_with(&format!("iptables -I DOCKER-USER -i {veth} -j ACCEPT && "))
+    );
+    assert_eq!(theirs(), before);
+    assert_eq!(instance.reach(&machine.internet, SERVER), None);
+    // Once their owner lets the guests through, they are told of no more.
+    sh(&format!(
+        "nft insert rule ip filter DOCKER-USER iifname {veth} accept
+         nft insert rule ip filter DOCKER-USER oifname {veth} ct state established,related accept
+         nft insert rule inet firewalld filter_FORWARD iifname {veth} accept"
+    ));
+    assert_eq!(machine.nat(&instance).forward_closed_by, []);
+    assert!(instance.reach(&machine.internet, SERVER).is_some());
+}
+
+#[test]
+fn what_has_our_name_but_not_our_tag_is_named_and_left_alone() {
+    let Some(machine) = Machine::new("what_has_our_name_but_not_our_tag_is_named_and_left_alone")
+    else {
+        return;
+    };
+    let instance = Instance::new(1);
+    let veth = instance.veth();
+    let refused = |what: &str, result: Result<HostAnswer, HostOpError>| match result {
+        Err(HostOpError::Foreign { name, .. }) => assert_eq!(name, what),
+        other => panic!("{what}: {other:?}"),
+    };
+    for words in [
+        "",
+        "banger uid=1000 instance=0198c2a4-7d1e-7b3a-9c4d-1f2e3d4c5b01",
+        "banger uid=0 instance=0198c2a4-7d1e-7b3a-9c4d-000000000001",
+    ] {
+        sh(&format!(
+            "ip link add {veth} type veth peer name theirs; ip link set {veth} alias '{words}'"
+        ));
+        let before = machine.state();
+        refused(&veth, machine.attach(&instance));
+        refused(&veth, machine.perform(&instance.detach()));
+        refused(&veth, machine.perform(&instance.ensure_nat()));
+        assert_eq!(machine.state(), before);
+        sh(&format!("ip link del {veth}"));
+    }
+    let table = "banger_1f2e3d4c5b01";
+    for comment in [
+        "",
+        "comment \\\"banger uid=1000 instance=0198c2a4-7d1e-7b3a-9c4d-1f2e3d4c5b01\\\";",
+    ] {
+        sh(&format!(
+            "nft \"add table inet {table} {{ {comment} }}\"; nft add chain inet {table} theirs"
+        ));
+        let before = machine.state();
+        refused(table, machine.attach(&instance));
+        refused(table, machine.perform(&instance.detach()));
+        assert_eq!(machine.state(), before);
+        sh(&format!("nft delete table inet {table}"));
+    }
+    machine.attach(&instance).unwrap();
+}
+
+#[test]
+fn another_users_instance_is_out_of_reach_and_one_user_has_a_limit() {
+    let Some(machine) =
+        Machine::new("another_users_instance_is_out_of_reach_and_one_user_has_a_limit")
+    else {
+        return;
+    };
+    let instance = Instance::new(1);
+    machine.attach(&instance).unwrap();
+    machine.nat(&instance);
+    let before = machine.state();
+    let stranger = Caller { uid: 1000 };
+    for op in [
+        instance.detach(),
+        instance.ensure_nat(),
+        instance.remove_nat(),
+    ] {
+        let refused = machine.host.perform(stranger, &op, &[]);
+        assert!(
+            matches!(refused, Err(HostOpError::Foreign { .. })),
+            "{refused:?}"
+        );
+    }
+    // Nor may one's objects go into a namespace of another's.
+    let namespace = [instance.namespace.as_fd()];
+    let refused = machine
+        .host
+        .perform(stranger, &instance.attach(), &namespace);
+    assert!(
+        matches!(refused, Err(HostOpError::ForeignNamespace { .. })),
+        "{refused:?}"
+    );
+    let owned =
+        |caller| match machine
+            .host
+            .perform(caller, &banger_host::op::HostOp::ListOwned {}, &[])
+        {
+            Ok((HostAnswer::Owned { objects }, _)) => objects,
+            other => panic!("{other:?}"),
+        };
+    assert_eq!(owned(stranger), []);
+    let kinds: Vec<_> = owned(ROOT)
+        .into_iter()
+        .map(|object| (object.kind, object.name))
+        .collect();
+    assert_eq!(
+        kinds,
+        [
+            (OwnedKind::Veth, instance.veth()),
+            (OwnedKind::NftTable, "banger_1f2e3d4c5b01".to_owned()),
+            (OwnedKind::Forwarding, "eth0".to_owned()),
+        ]
+    );
+    assert_eq!(machine.state(), before);
+}
+
+#[test]
+fn a_pool_that_another_has_or_that_the_host_uses_is_refused_and_changes_nothing() {
+    let Some(machine) = Machine::new(
+        "a_pool_that_another_has_or_that_the_host_uses_is_refused_and_changes_nothing",
+    ) else {
+        return;
+    };
+    let one = Instance::new(1);
+    let mut two = Instance::new(2);
+    machine.attach(&one).unwrap();
+    let before = machine.state();
+    two.pool = one.pool;
+    assert!(matches!(
+        machine.attach(&two),
+        Err(HostOpError::RouteInTheWay { .. })
+    ));
+    two.pool = banger_core::addr::Pool::at([198, 51, 100, 0].into());
+    assert!(matches!(machine.attach(&two), Err(HostOpError::BadPool(_))));
+    let mut moved = Instance::new(1);
+    moved.pool = Instance::new(3).pool;
+    assert!(matches!(
+        machine.attach(&moved),
+        Err(HostOpError::OtherPool { .. })
+    ));
+    assert!(matches!(
+        machine.perform(&moved.ensure_nat()),
+        Err(HostOpError::OtherPool { .. })
+    ));
+    assert!(matches!(
+        machine.perform(&two.ensure_nat()),
+        Err(HostOpError::NotAttached(_))
+    ));
+    assert_eq!(machine.state(), before);
+}
