@@ -127,6 +127,11 @@ impl Server {
     /// # Errors
     /// The process is out of descriptors or threads for good.
     pub fn run(self) -> Result<(), ServeError> {
+        let shared = Arc::clone(&self.shared);
+        std::thread::Builder::new()
+            .name("keep-whole".to_owned())
+            .spawn(move || shared.namespace.keep_whole())
+            .map_err(ServeError::Serve)?;
         let served = self.accept_until_released();
         let ours = rustix::fs::statat(
             &self.place.directory,

@@ -74,17 +74,17 @@ fn ensuring_the_base_twice_changes_nothing_and_repairs_what_was_flushed() {
     assert_eq!(world.inside(state), before);
     let rules = || run("nft", &["-s", "list", "ruleset"]);
     let whole = world.inside(rules);
-    // One chain emptied: the elements are kept.
-    world.inside(|| run("nft", &["flush", "chain", "bridge", "banger", "from_guest"]));
-    assert_ne!(world.inside(rules), whole);
-    world.ensure_base();
-    assert_eq!(world.inside(rules), whole);
-    // All gone: closed again at once, and the port works again once it is asked for.
-    world.inside(|| run("nft", &["flush", "ruleset"]));
-    world.ensure_base();
-    assert_ne!(world.inside(rules), whole);
-    world.ensure_port(&guest(1));
-    assert_eq!(world.inside(rules), whole);
+    for damage in [
+        &["flush", "chain", "bridge", "banger", "from_guest"][..],
+        &["delete", "table", "inet", "banger"],
+        &["flush", "ruleset"],
+        &["flush", "set", "bridge", "banger", "ports"],
+        &["flush", "set", "inet", "banger", "closed"],
+    ] {
+        world.inside(|| run("nft", damage));
+        world.ensure_base();
+        assert_eq!(world.inside(rules), whole, "{damage:?}");
+    }
 }
 
 #[test]

@@ -317,7 +317,7 @@ fn the_host_reaches_guests_over_the_veth_and_has_nothing_left_afterwards() {
             &syn(port.address, POOL.host()),
         ),
     );
-    wait_for("the drop", || world.dropped("inet", "forward_dropped") >= 1);
+    wait_for("the drop", || world.dropped("inet", "closed_dropped") >= 1);
 
     machine.perform(ROOT, &detach, &[]).unwrap();
     machine.perform(ROOT, &detach, &[]).unwrap();

@@ -2,12 +2,15 @@
 #![allow(dead_code, reason = "each test program uses a part")]
 #![expect(clippy::unwrap_used, reason = "a test fails where it fails")]
 
+pub(crate) mod machine;
+
 use banger_core::addr::Pool;
 use banger_core::id::MacAddress;
 use banger_host::exec::Run;
 use banger_host::net::keeper::Keeper;
+use banger_host::net::links::Links;
 use banger_host::net::tap;
-use banger_host::op::{NamespaceAnswer, NamespaceOp, Port, PortState};
+use banger_host::op::{NamespaceAnswer, NamespaceOp, Port, PortState, UPLINK};
 use rustix::fd::OwnedFd;
 use rustix::process::Pid;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
@@ -16,6 +19,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_banger-netns");
@@ -29,6 +33,8 @@ pub(crate) struct World {
     pub(crate) hold: OwnedFd,
     pub(crate) socket: PathBuf,
     pub(crate) directory: tempfile::TempDir,
+    /// Asked for once, so that it is there while the keeper is stopped.
+    network: OnceLock<OwnedFd>,
 }
 
 /// The port of the test's guest `number`.
@@ -165,6 +171,7 @@ impl World {
             hold: descriptors.remove(0),
             socket,
             directory,
+            network: OnceLock::new(),
         })
     }
 
@@ -204,7 +211,7 @@ impl World {
 
     /// Runs `work` inside the keeper's network namespace.
     pub(crate) fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        let namespace = self.namespace();
+        let namespace = self.network.get_or_init(|| self.namespace());
         std::thread::scope(|scope| {
             scope
                 .spawn(|| {
@@ -221,6 +228,60 @@ impl World {
     pub(crate) fn attach(&self, port: &Port) -> OwnedFd {
         self.ensure_port(port);
         self.inside(|| tap::open(&port.tap).unwrap())
+    }
+
+    /// Does what answers nothing.
+    pub(crate) fn ask(&self, op: NamespaceOp) {
+        let (answer, _) = self.keeper.request(op).unwrap();
+        assert_eq!(answer, NamespaceAnswer::Done);
+    }
+
+    pub(crate) fn set_nat(&self, address: Ipv4Addr, on: bool) {
+        self.ask(NamespaceOp::SetNat { address, on });
+    }
+
+    /// All counters of what was dropped, by name.
+    pub(crate) fn counters(&self) -> std::collections::BTreeMap<String, u64> {
+        match self.keeper.request(NamespaceOp::Counters).unwrap().0 {
+            NamespaceAnswer::Counters { dropped, .. } => dropped
+                .into_iter()
+                .map(|(name, dropped)| (name, dropped.packets))
+                .collect(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// A veth between the namespace and the test's host, which forwards nothing, and these addresses on the host.
+    pub(crate) fn uplink(&self, addresses: &[Ipv4Addr]) {
+        let namespace = self.namespace();
+        Links::new()
+            .create_veth("veth-test", 0, UPLINK, namespace.as_fd())
+            .unwrap();
+        run("ip", &["link", "set", "lo", "up"]);
+        let host = format!("{}/32", POOL.host());
+        run("ip", &["address", "add", &host, "dev", "veth-test"]);
+        run("ip", &["link", "set", "veth-test", "up"]);
+        let (guests, gateway) = (POOL.guests().to_string(), POOL.uplink().to_string());
+        run(
+            "ip",
+            &[
+                "route",
+                "add",
+                &guests,
+                "via",
+                &gateway,
+                "dev",
+                "veth-test",
+                "onlink",
+            ],
+        );
+        for address in addresses {
+            run(
+                "ip",
+                &["address", "add", &format!("{address}/32"), "dev", "lo"],
+            );
+        }
+        self.ask(NamespaceOp::EnsureUplink { pool: POOL });
     }
 
     /// How many packets a rule with this counter has dropped.

@@ -1,33 +1,50 @@
 //! The operations inside the instance's network namespace, done by `banger-netns`.
 
 use super::connect::{self, ConnectError};
+use super::dns_sockets::{self, DnsSocketError};
 use super::links::{Address, Link, Links, NetlinkError, Route, TABLE_MAIN};
-use super::nft::{Fingerprint, NftError, Rules};
+use super::nft::elements::{Set, decode_address, decode_pair, decode_port};
+use super::nft::{NftError, Rules, Shape};
+use super::ruleset::Ruleset;
 use super::tap::{self, TapError};
+use super::watch::Watch;
+use super::{conntrack, routing};
 use crate::op::{BRIDGE, NamespaceAnswer, NamespaceOp, Port, PortState, UPLINK};
 use banger_core::addr::{Ipv4Net, Pool};
 use banger_core::id::MacAddress;
 use rustix::fd::OwnedFd;
 use std::collections::BTreeMap;
 use std::io;
-use std::net::SocketAddrV4;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 const TAP_PREFIX: &str = "bt";
 /// Fixed, so that ports that come and go do not change it under the guests.
 const BRIDGE_MAC: MacAddress = MacAddress([0x02, 0x62, 0x61, 0x6e, 0x67, 0x72]);
+/// How soon a repair that failed is tried again.
+const REPAIR_AGAIN: Duration = Duration::from_secs(1);
+/// The least time between two repairs, so that somebody who flushes without end does not take the machine.
+const REPAIR_PAUSE: Duration = Duration::from_millis(50);
 /// What each sysctl must be, and whether it may be missing (IPv6 or bridge filtering not in the kernel).
-const SYSCTLS: [(&str, &str, Missing); 8] = [
+const SYSCTLS: [(&str, &str, Missing); 9] = [
     ("ipv6/conf/all/disable_ipv6", "1", Missing::IsFine),
     ("ipv6/conf/default/disable_ipv6", "1", Missing::IsFine),
     ("ipv4/ip_forward", "1", Missing::IsAnError),
     ("ipv4/conf/all/accept_redirects", "0", Missing::IsAnError),
     ("ipv4/conf/all/send_redirects", "0", Missing::IsAnError),
+    ("ipv4/conf/default/send_redirects", "0", Missing::IsAnError),
     // A guest learns only the address that it may ask for.
     ("ipv4/conf/all/arp_ignore", "1", Missing::IsAnError),
     ("bridge/bridge-nf-call-iptables", "0", Missing::IsFine),
     ("bridge/bridge-nf-call-arptables", "0", Missing::IsFine),
+];
+/// The same for the bridge, once it is there: it answers, at once, for a guest that is joined to the one that asks.
+const BRIDGE_SYSCTLS: [(&str, &str, Missing); 3] = [
+    ("ipv4/conf/br0/proxy_arp_pvlan", "1", Missing::IsAnError),
+    ("ipv4/neigh/br0/proxy_delay", "0", Missing::IsAnError),
+    ("ipv4/conf/br0/send_redirects", "0", Missing::IsAnError),
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -51,6 +68,9 @@ pub enum NamespaceError {
     /// The guest could not be reached.
     #[error(transparent)]
     Connect(#[from] ConnectError),
+    /// The sockets for the DNS server could not be made.
+    #[error(transparent)]
+    DnsSocket(#[from] DnsSocketError),
     /// A kernel setting could not be made.
     #[error("cannot set `{}`", path.display())]
     Sysctl {
@@ -83,10 +103,16 @@ pub enum NamespaceError {
     #[error("{address} is not a guest's address of {network}")]
     BadAddress {
         /// The address.
-        address: std::net::Ipv4Addr,
+        address: Ipv4Addr,
         /// The guests' network.
         network: Ipv4Net,
     },
+    /// No port sends as this address.
+    #[error("no running VM has the address {0}")]
+    NoSuchGuest(Ipv4Addr),
+    /// A guest reaches itself anyway.
+    #[error("{0} cannot be joined to itself")]
+    JoinedToItself(Ipv4Addr),
     /// This keeper does not know how.
     #[error("`{0}` is not available yet")]
     NotAvailable(&'static str),
@@ -108,14 +134,7 @@ pub fn is_tap_name(name: &str) -> bool {
 /// The network namespace of this process, with what has been set up in it.
 #[derive(Debug, Default)]
 pub struct Namespace {
-    base: Mutex<Option<Base>>,
-}
-
-/// The base as it was when it was whole.
-#[derive(Debug, Clone, Copy)]
-struct Base {
-    pool: Pool,
-    rules: Fingerprint,
+    ruleset: Mutex<Ruleset>,
 }
 
 impl Namespace {
@@ -139,56 +158,81 @@ impl Namespace {
             timeout_ms,
         } = op
         {
-            let timeout = std::time::Duration::from_millis((*timeout_ms).into());
+            let timeout = Duration::from_millis((*timeout_ms).into());
             let socket = connect::connect(SocketAddrV4::new(*address, *port), timeout)?;
             return Ok((NamespaceAnswer::Done, vec![socket]));
         }
-        // What a thread that panicked left is found out by measuring.
-        let mut base = self.base.lock().unwrap_or_else(PoisonError::into_inner);
         let mut network = Network {
             links: Links::new(),
             rules: Rules::new(),
+            ruleset: self.ruleset(),
         };
-        match op {
-            NamespaceOp::EnsureBase { pool } => network.ensure_base(&mut base, *pool)?,
+        let answer = match op {
+            NamespaceOp::EnsureBase { pool } => network.ensure_base(*pool)?,
             NamespaceOp::EnsureUplink { pool } => network.ensure_uplink(*pool)?,
-            NamespaceOp::EnsurePort(port) => network.ensure_port(&mut base, port)?,
+            NamespaceOp::EnsureWayOut => network.ensure_way_out()?,
+            NamespaceOp::EnsurePort(port) => network.ensure_port(port)?,
             NamespaceOp::RemovePort { tap } => network.remove_port(tap)?,
-            NamespaceOp::ListPorts => {
-                let ports = network.list_ports()?;
-                return Ok((NamespaceAnswer::Ports { ports }, Vec::new()));
-            }
-            NamespaceOp::EnsureWayOut
-            | NamespaceOp::SetNat { .. }
-            | NamespaceOp::ListNat
-            | NamespaceOp::SetJoin { .. }
-            | NamespaceOp::ListJoins
-            | NamespaceOp::SetHostAddresses { .. }
-            | NamespaceOp::DnsSockets
-            | NamespaceOp::Publish(_)
+            NamespaceOp::ListPorts => network.list_ports()?,
+            NamespaceOp::SetNat { address, on } => network.set_nat(*address, *on)?,
+            NamespaceOp::ListNat => network.list_nat()?,
+            NamespaceOp::SetJoin { one, other, on } => network.set_join(*one, *other, *on)?,
+            NamespaceOp::ListJoins => network.list_joins()?,
+            NamespaceOp::SetHostAddresses { addresses } => network.set_host_addresses(addresses)?,
+            NamespaceOp::DnsSockets => return network.dns_sockets(),
+            NamespaceOp::Counters => NamespaceAnswer::Counters {
+                dropped: network.rules.counters()?,
+                repairs: network.ruleset.repairs(),
+            },
+            NamespaceOp::Publish(_)
             | NamespaceOp::Unpublish { .. }
-            | NamespaceOp::ListPublished
-            | NamespaceOp::Counters => return Err(NamespaceError::NotAvailable(op.name())),
+            | NamespaceOp::ListPublished => return Err(NamespaceError::NotAvailable(op.name())),
             NamespaceOp::Hello
             | NamespaceOp::Keepalive
             | NamespaceOp::Namespaces
             | NamespaceOp::Connect { .. } => return Err(NamespaceError::NotMine(op.name())),
+        };
+        Ok((answer, Vec::new()))
+    }
+
+    fn ruleset(&self) -> MutexGuard<'_, Ruleset> {
+        // What a thread that panicked left is found out by measuring.
+        self.ruleset.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Loads the ruleset again whenever somebody else has changed or flushed it, as long as the process lives.
+    ///
+    /// # Errors
+    /// The kernel does not tell of changes.
+    pub fn keep_whole(&self) -> io::Result<()> {
+        let watch = Watch::open()?;
+        let mut again = None;
+        loop {
+            watch.wait(again, None)?;
+            let repaired = self.ruleset().repair(&mut Rules::new());
+            again = repaired.is_err().then_some(REPAIR_AGAIN);
+            if matches!(repaired, Ok(true)) {
+                std::thread::sleep(REPAIR_PAUSE);
+            }
         }
-        Ok((NamespaceAnswer::Done, Vec::new()))
     }
 }
 
 /// The sockets of one operation.
-struct Network {
+struct Network<'a> {
     links: Links,
     rules: Rules,
+    ruleset: MutexGuard<'a, Ruleset>,
 }
 
-impl Network {
-    fn ensure_base(&mut self, base: &mut Option<Base>, pool: Pool) -> Result<(), NamespaceError> {
-        set_sysctls()?;
-        // The rules first: nothing is up without them.
-        self.ensure_rules(base, pool)?;
+impl Network<'_> {
+    fn ensure_base(&mut self, pool: Pool) -> Result<NamespaceAnswer, NamespaceError> {
+        set_sysctls(&SYSCTLS)?;
+        // Closed first: nothing is up without.
+        routing::ensure_closed()?;
+        let masquerade = self.ruleset.shape().is_some_and(|shape| shape.masquerade);
+        self.ruleset
+            .ensure(&mut self.rules, Shape { pool, masquerade })?;
         if let Some(loopback) = self.links.find("lo")?
             && !loopback.up
         {
@@ -201,6 +245,7 @@ impl Network {
                 self.links.find(BRIDGE)?.ok_or(NamespaceError::NoBase)?
             }
         };
+        set_sysctls(&BRIDGE_SYSCTLS)?;
         self.links.ensure_address(Address {
             link: bridge.index,
             address: pool.gateway(),
@@ -209,26 +254,10 @@ impl Network {
         if !bridge.up {
             self.links.set_up(bridge.index, true)?;
         }
-        Ok(())
+        Ok(NamespaceAnswer::Done)
     }
 
-    fn ensure_rules(&mut self, base: &mut Option<Base>, pool: Pool) -> Result<(), NamespaceError> {
-        if let Some(base) = base
-            && base.pool == pool
-            && self.rules.fingerprint()? == base.rules
-        {
-            return Ok(());
-        }
-        *base = None;
-        self.rules.load(pool.host())?;
-        *base = Some(Base {
-            pool,
-            rules: self.rules.fingerprint()?,
-        });
-        Ok(())
-    }
-
-    fn ensure_uplink(&mut self, pool: Pool) -> Result<(), NamespaceError> {
+    fn ensure_uplink(&mut self, pool: Pool) -> Result<NamespaceAnswer, NamespaceError> {
         let link = self.links.find(UPLINK)?.ok_or(NamespaceError::NoUplink)?;
         let uplink = of_kind(link, "veth")?;
         self.links.ensure_address(Address {
@@ -239,20 +268,51 @@ impl Network {
         if !uplink.up {
             self.links.set_up(uplink.index, true)?;
         }
-        Ok(self.links.ensure_route(&Route {
+        let route = |network, gateway| Route {
             table: TABLE_MAIN,
-            destination: Ipv4Net::new(pool.host(), 32),
+            destination: network,
             link: Some(uplink.index),
-            gateway: None,
+            gateway,
             source: Some(pool.uplink()),
-        })?)
+        };
+        self.links
+            .ensure_route(&route(Ipv4Net::new(pool.host(), 32), None))?;
+        let everywhere = Ipv4Net::new(Ipv4Addr::UNSPECIFIED, 0);
+        self.links
+            .ensure_route(&route(everywhere, Some(pool.host())))?;
+        Ok(NamespaceAnswer::Done)
     }
 
-    fn ensure_port(&mut self, base: &mut Option<Base>, port: &Port) -> Result<(), NamespaceError> {
+    fn ensure_way_out(&mut self) -> Result<NamespaceAnswer, NamespaceError> {
+        let shape = self.ruleset.shape().ok_or(NamespaceError::NoBase)?;
+        let Some(link) = self.links.find(UPLINK)? else {
+            return Ok(NamespaceAnswer::WayOut { ready: false });
+        };
+        let uplink = of_kind(link, "tun")?;
+        let routed = self
+            .links
+            .routes()?
+            .iter()
+            .any(|route| route.destination.prefix() == 0 && route.link == Some(uplink.index));
+        let ready = uplink.up && routed;
+        if ready {
+            let masquerade = true;
+            self.ruleset.ensure(
+                &mut self.rules,
+                Shape {
+                    masquerade,
+                    ..shape
+                },
+            )?;
+        }
+        Ok(NamespaceAnswer::WayOut { ready })
+    }
+
+    fn ensure_port(&mut self, port: &Port) -> Result<NamespaceAnswer, NamespaceError> {
         if !is_tap_name(&port.tap) {
             return Err(NamespaceError::BadTapName(port.tap.clone()));
         }
-        let pool = base.as_ref().ok_or(NamespaceError::NoBase)?.pool;
+        let pool = self.ruleset.shape().ok_or(NamespaceError::NoBase)?.pool;
         let network = pool.guests();
         if !network.contains(port.address) || port.address == pool.gateway() {
             return Err(NamespaceError::BadAddress {
@@ -261,7 +321,6 @@ impl Network {
             });
         }
         let bridge = self.links.find(BRIDGE)?.ok_or(NamespaceError::NoBase)?;
-        self.ensure_rules(base, pool)?;
         let tap = match self.links.find(&port.tap)? {
             Some(link) => of_kind(link, "tun")?,
             None => {
@@ -270,18 +329,11 @@ impl Network {
                 made.ok_or_else(|| NamespaceError::BadTapName(port.tap.clone()))?
             }
         };
-        let allowed = self.rules.ports()?;
-        let stale: Vec<Port> = allowed
-            .iter()
-            .filter(|other| other.tap == port.tap && *other != port)
-            .cloned()
-            .collect();
-        if !stale.is_empty() || !allowed.contains(port) {
-            self.rules
-                .change_ports(&stale, std::slice::from_ref(port))?;
-        }
-        for stale in stale.iter().filter(|stale| stale.address != port.address) {
-            self.links.remove_neighbour(bridge.index, stale.address)?;
+        let before = self.ruleset.elements().ports.get(&port.tap).cloned();
+        self.ruleset
+            .change(&mut self.rules, |elements| elements.set_port(port))?;
+        if let Some(before) = before.filter(|before| before.address != port.address) {
+            self.links.remove_neighbour(bridge.index, before.address)?;
         }
         if tap.master != Some(bridge.index) {
             self.links.set_master(tap.index, bridge.index)?;
@@ -294,23 +346,114 @@ impl Network {
         if !tap.up {
             self.links.set_up(tap.index, true)?;
         }
-        Ok(())
+        Ok(NamespaceAnswer::Done)
     }
 
     /// The link goes before its elements, and every part is tried whatever became of the others.
-    fn remove_port(&mut self, tap: &str) -> Result<(), NamespaceError> {
+    fn remove_port(&mut self, tap: &str) -> Result<NamespaceAnswer, NamespaceError> {
         if !is_tap_name(tap) {
             return Err(NamespaceError::BadTapName(tap.to_owned()));
         }
         let link = self.links.delete(tap);
-        let elements = self.rules.ports().and_then(|allowed| {
-            let stale: Vec<Port> = allowed.into_iter().filter(|port| port.tap == tap).collect();
-            self.rules.change_ports(&stale, &[])
-        });
+        let port = self.ruleset.elements().ports.get(tap).cloned();
+        let elements = self
+            .ruleset
+            .change(&mut self.rules, |elements| elements.remove_port(tap));
+        if let Some(port) = port {
+            forget_connections(|from, to| from == port.address || to == port.address);
+        }
         let neighbours = self.sweep_neighbours();
         link?;
         elements?;
-        neighbours
+        neighbours?;
+        Ok(NamespaceAnswer::Done)
+    }
+
+    fn set_nat(&mut self, address: Ipv4Addr, on: bool) -> Result<NamespaceAnswer, NamespaceError> {
+        if on {
+            self.require_guest(address)?;
+        }
+        let changed = self
+            .ruleset
+            .change(&mut self.rules, |elements| elements.set_nat(address, on));
+        if on && changed.is_err() {
+            // Not a wish for later: the caller hears that it failed.
+            let _ = self
+                .ruleset
+                .change(&mut self.rules, |elements| elements.set_nat(address, false));
+        }
+        if !on && let Some(shape) = self.ruleset.shape() {
+            let inside = shape.pool.network();
+            forget_connections(|from, to| from == address && !inside.contains(to));
+        }
+        changed?;
+        Ok(NamespaceAnswer::Done)
+    }
+
+    fn set_join(
+        &mut self,
+        one: Ipv4Addr,
+        other: Ipv4Addr,
+        on: bool,
+    ) -> Result<NamespaceAnswer, NamespaceError> {
+        if one == other {
+            return Err(NamespaceError::JoinedToItself(one));
+        }
+        if on {
+            self.require_guest(one)?;
+            self.require_guest(other)?;
+        }
+        let changed = self.ruleset.change(&mut self.rules, |elements| {
+            elements.set_join(one, other, on)
+        });
+        if on && changed.is_err() {
+            let _ = self.ruleset.change(&mut self.rules, |elements| {
+                elements.set_join(one, other, false)
+            });
+        }
+        if !on {
+            forget_connections(|from, to| (from, to) == (one, other) || (from, to) == (other, one));
+        }
+        changed?;
+        Ok(NamespaceAnswer::Done)
+    }
+
+    fn require_guest(&self, address: Ipv4Addr) -> Result<(), NamespaceError> {
+        match self.ruleset.elements().port_of(address) {
+            Some(_) => Ok(()),
+            None => Err(NamespaceError::NoSuchGuest(address)),
+        }
+    }
+
+    fn set_host_addresses(
+        &mut self,
+        addresses: &[Ipv4Addr],
+    ) -> Result<NamespaceAnswer, NamespaceError> {
+        self.ruleset.change(&mut self.rules, |elements| {
+            elements.set_host_addresses(addresses)
+        })?;
+        Ok(NamespaceAnswer::Done)
+    }
+
+    fn list_nat(&mut self) -> Result<NamespaceAnswer, NamespaceError> {
+        let keys = self.rules.keys(Set::NatVms)?;
+        let addresses = keys.iter().filter_map(|key| decode_address(key)).collect();
+        Ok(NamespaceAnswer::Nat { addresses })
+    }
+
+    fn list_joins(&mut self) -> Result<NamespaceAnswer, NamespaceError> {
+        let keys = self.rules.keys(Set::Joins)?;
+        let pairs = keys.iter().filter_map(|key| decode_pair(key));
+        let joins = pairs.filter(|(one, other)| one < other).collect();
+        Ok(NamespaceAnswer::Joins { joins })
+    }
+
+    fn dns_sockets(&mut self) -> Result<(NamespaceAnswer, Vec<OwnedFd>), NamespaceError> {
+        let pool = self.ruleset.shape().ok_or(NamespaceError::NoBase)?.pool;
+        let uplink = self.links.find(UPLINK)?;
+        let host = uplink.is_some_and(|uplink| uplink.kind.as_deref() == Some("veth"));
+        let sockets = dns_sockets::open(pool, host)?;
+        Ok((NamespaceAnswer::DnsSockets { host }, sockets))
     }
 
     /// Removes the neighbours that no element names any more.
@@ -318,19 +461,16 @@ impl Network {
         let Some(bridge) = self.links.find(BRIDGE)? else {
             return Ok(());
         };
-        let allowed = self.rules.ports()?;
         for (address, mac) in self.links.permanent_neighbours(bridge.index)? {
-            if !allowed
-                .iter()
-                .any(|port| port.address == address && port.mac == mac)
-            {
+            let port = self.ruleset.elements().port_of(address);
+            if port.is_none_or(|port| port.mac != mac) {
                 self.links.remove_neighbour(bridge.index, address)?;
             }
         }
         Ok(())
     }
 
-    fn list_ports(&mut self) -> Result<Vec<PortState>, NamespaceError> {
+    fn list_ports(&mut self) -> Result<NamespaceAnswer, NamespaceError> {
         let mut ports = BTreeMap::new();
         let state = |tap: String| PortState {
             tap,
@@ -345,13 +485,15 @@ impl Network {
                     .link = true;
             }
         }
-        for port in self.rules.ports()? {
+        let allowed = self.rules.keys(Set::Ports)?;
+        for port in allowed.iter().filter_map(|key| decode_port(key)) {
             ports
                 .entry(port.tap.clone())
                 .or_insert_with(|| state(port.tap))
                 .allowed = Some((port.mac, port.address));
         }
-        Ok(ports.into_values().collect())
+        let ports = ports.into_values().collect();
+        Ok(NamespaceAnswer::Ports { ports })
     }
 }
 
@@ -366,8 +508,16 @@ fn of_kind(link: Link, wanted: &'static str) -> Result<Link, NamespaceError> {
     })
 }
 
-fn set_sysctls() -> Result<(), NamespaceError> {
-    for (name, value, missing) in SYSCTLS {
+/// Drops the connections that `matches`. The rules let nothing of them pass any more, so one that cannot be dropped is
+/// only a line in the kernel's table until its time is over.
+fn forget_connections(matches: impl Fn(Ipv4Addr, Ipv4Addr) -> bool) {
+    if let Err(error) = conntrack::drop_matching(matches) {
+        tracing::warn!(error = crate::error_chain(&error), "connections are left");
+    }
+}
+
+fn set_sysctls(settings: &[(&str, &str, Missing)]) -> Result<(), NamespaceError> {
+    for &(name, value, missing) in settings {
         let path = Path::new("/proc/sys/net").join(name);
         match set_sysctl(&path, value) {
             Ok(()) => {}

@@ -3,28 +3,28 @@
 //! Needs nothing but nf_tables with the inet and bridge families and connection tracking of IPv4: no connection
 //! tracking of bridged frames, as the bridge's rules look at each frame alone.
 
+pub mod elements;
+
 use crate::exec::{ExecError, Run};
-use crate::op::Port;
-use banger_core::id::MacAddress;
+use crate::op::Dropped;
+use banger_core::addr::Pool;
+use elements::{Change, Element, Elements, Set};
 use linux_raw_sys::net::{NFPROTO_BRIDGE, NFPROTO_INET};
 use netlink_bindings::nftables::{self, Nfgenmsg};
+use netlink_bindings::traits::Pusher;
 use netlink_socket2::{NetlinkSocket, ReplyError};
 use rustix::io::Errno;
-use std::fmt::Write as _;
-use std::net::Ipv4Addr;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::links::NetlinkError;
 
 const RULES: &str = include_str!("base.nft");
+const MASQUERADE: &str = include_str!("masquerade.nft");
 const TABLE: &[u8] = b"banger";
-const PORTS: &[u8] = b"ports";
-const NAT_VMS: &[u8] = b"nat_vms";
 const LOAD_TIMEOUT: Duration = Duration::from_secs(10);
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
-/// `ifname` (16 bytes), `ether_addr` (6, filled up to 8), `ipv4_addr` (4).
-const KEY_BYTES: usize = 28;
-const NAME_BYTES: usize = 16;
+const CLOSED: &[u8] = b"closed";
 
 /// The ruleset could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -37,7 +37,16 @@ pub enum NftError {
     Netlink(#[from] NetlinkError),
 }
 
-/// What all rules and chains of our tables look like, without handles and counters.
+/// What decides about the text of the ruleset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// The addresses.
+    pub pool: Pool,
+    /// Masquerade what leaves: the way out is `pasta`.
+    pub masquerade: bool,
+}
+
+/// What all rules and chains of our tables look like, without handles and counters, and which networks are closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fingerprint {
     rules: usize,
@@ -63,19 +72,38 @@ impl Rules {
         }
     }
 
-    /// Loads the whole ruleset in one transaction. Elements that the sets had are kept.
+    /// Loads the whole ruleset with these elements in one transaction.
     ///
     /// # Errors
     /// `nft` is missing or refuses.
-    pub fn load(&mut self, host_address: Ipv4Addr) -> Result<(), NftError> {
-        let script = script(host_address, &self.ports()?, &self.nat_vms()?);
+    pub fn load(&mut self, shape: Shape, elements: &Elements) -> Result<(), NftError> {
         Run::new("nft")
             .args(["-f", "-"])
-            .stdin(script)
+            .stdin(script(shape, elements))
             .timeout(LOAD_TIMEOUT)
             .run()
             .map_err(NftError::Load)?;
         Ok(())
+    }
+
+    /// The number of the namespace's ruleset: every transaction, of whoever, makes it greater by one.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn generation(&mut self) -> Result<u32, NetlinkError> {
+        self.generation_raw().map_err(NetlinkError::new(
+            "read the generation of the packet filter's rules",
+        ))
+    }
+
+    fn generation_raw(&mut self) -> Result<u32, ReplyError> {
+        let request = nftables::Request::new().op_getgen_do(&header(0));
+        let mut reply = self.socket.request(&request)?;
+        let mut generation = 0;
+        while let Some((_, attributes)) = reply.recv().transpose()? {
+            generation = attributes.get_id()?;
+        }
+        Ok(generation)
     }
 
     /// What is there now. Rules that somebody flushed, changed or added make a difference; elements do not.
@@ -121,33 +149,37 @@ impl Rules {
                 fingerprint.rules += 1;
             }
         }
+        for key in self.elements(INET, CLOSED)? {
+            fingerprint.checksum = crc32c::crc32c_append(fingerprint.checksum, &key);
+        }
         Ok(fingerprint)
     }
 
-    /// What every port may send as. Nothing if the table is not there.
+    /// The keys of `set`. Nothing if the table is not there.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn ports(&mut self) -> Result<Vec<Port>, NetlinkError> {
+    pub fn keys(&mut self, set: Set) -> Result<BTreeSet<Vec<u8>>, NetlinkError> {
+        let (bridge, name) = set.place();
+        let family = if bridge { BRIDGE } else { INET };
         let keys = self
-            .elements(BRIDGE, PORTS)
-            .map_err(NetlinkError::new("list the allowed senders"))?;
-        Ok(keys.iter().filter_map(|key| decode_port(key)).collect())
+            .elements(family, name.as_bytes())
+            .map_err(NetlinkError::new(format!("list the elements of `{name}`")))?;
+        Ok(keys.into_iter().collect())
     }
 
-    /// Whose guests may reach the internet. Nothing if the table is not there.
+    /// Whether every set holds `elements` and nothing else.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn nat_vms(&mut self) -> Result<Vec<Ipv4Addr>, NetlinkError> {
-        let keys = self
-            .elements(INET, NAT_VMS)
-            .map_err(NetlinkError::new("list who reaches the internet"))?;
-        Ok(keys
-            .iter()
-            .filter_map(|key| <[u8; 4]>::try_from(key.as_slice()).ok())
-            .map(Ipv4Addr::from)
-            .collect())
+    pub fn hold(&mut self, elements: &Elements) -> Result<bool, NetlinkError> {
+        for set in Set::ALL {
+            let wanted = elements.of(set).into_iter().map(|element| element.key);
+            if !self.keys(set)?.into_iter().eq(wanted) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn elements(&mut self, family: u8, set: &[u8]) -> Result<Vec<Vec<u8>>, ReplyError> {
@@ -176,63 +208,101 @@ impl Rules {
         }
     }
 
-    /// Takes `remove` out of the allowed senders and puts `add` in, all or nothing. What is removed must be there.
+    /// Changes the sets, all or nothing. What is removed must be there.
     ///
     /// # Errors
     /// The ruleset is not loaded, or the kernel refuses.
-    pub fn change_ports(&mut self, remove: &[Port], add: &[Port]) -> Result<(), NetlinkError> {
-        let failed = |error: std::io::Error| {
-            NetlinkError::new("change the allowed senders")(ReplyError::from(error))
-        };
-        if remove.is_empty() && add.is_empty() {
+    pub fn change(&mut self, change: &Change) -> Result<(), NetlinkError> {
+        if change.is_empty() {
             return Ok(());
         }
-        let mut chain = nftables::Chained::new(self.socket.reserve_seq(4));
+        let failed = || {
+            NetlinkError::new(format!(
+                "change the elements of {}",
+                names(change).join(", ")
+            ))
+        };
+        let messages = u32::try_from(2 + 2 * Set::ALL.len()).unwrap_or(u32::MAX);
+        let mut chain = nftables::Chained::new(self.socket.reserve_seq(messages));
         let mut batch = Nfgenmsg::new();
         batch.set_res_id(NFNL_SUBSYS_NFTABLES);
         chain.request().op_batch_begin_do(&batch);
-        if !remove.is_empty() {
-            let mut request = chain.request().op_delsetelem_do(&header(BRIDGE));
-            let mut list = request
-                .encode()
-                .push_table_bytes(TABLE)
-                .push_set_bytes(PORTS)
-                .nested_elements();
-            for port in remove {
-                list = list
-                    .nested_elem()
-                    .nested_key()
-                    .push_value(&encode_port(port))
-                    .end_nested()
-                    .end_nested();
+        for set in Set::ALL {
+            let (bridge, name) = set.place();
+            let header = header(if bridge { BRIDGE } else { INET });
+            if change.remove.iter().any(|element| element.set == set) {
+                let mut request = chain.request().op_delsetelem_do(&header);
+                push_keys(request.encode(), name, &change.remove, set);
             }
-        }
-        if !add.is_empty() {
-            let mut request = chain
-                .request()
-                .set_create()
-                .op_newsetelem_do(&header(BRIDGE));
-            let mut list = request
-                .encode()
-                .push_table_bytes(TABLE)
-                .push_set_bytes(PORTS)
-                .nested_elements();
-            for port in add {
-                list = list
-                    .nested_elem()
-                    .nested_key()
-                    .push_value(&encode_port(port))
-                    .end_nested()
-                    .end_nested();
+            if change.add.iter().any(|element| element.set == set) {
+                let mut request = chain.request().set_create().op_newsetelem_do(&header);
+                push_keys(request.encode(), name, &change.add, set);
             }
         }
         chain.request().op_batch_end_do(&batch);
         let chain = chain.finalize();
         self.socket
             .request_chained(&chain)
-            .map_err(failed)?
+            .map_err(|error| failed()(ReplyError::from(error)))?
             .recv_all()
-            .map_err(NetlinkError::new("change the allowed senders"))
+            .map_err(failed())
+    }
+
+    /// What each counter has seen, by its name. Nothing if the tables are not there.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn counters(&mut self) -> Result<BTreeMap<String, Dropped>, NetlinkError> {
+        self.counters_raw()
+            .map_err(NetlinkError::new("read the packet filter's counters"))
+    }
+
+    fn counters_raw(&mut self) -> Result<BTreeMap<String, Dropped>, ReplyError> {
+        let mut counters = BTreeMap::new();
+        for family in [INET, BRIDGE] {
+            let request = nftables::Request::new().op_getobj_dump(&header(family));
+            let mut reply = self.socket.request(&request)?;
+            while let Some((_, object)) = reply.recv().transpose()? {
+                if object.get_table().map(std::ffi::CStr::to_bytes) != Ok(TABLE) {
+                    continue;
+                }
+                if let Ok(nftables::ObjData::Counter(counter)) = object.get_data() {
+                    let name = object.get_name()?.to_string_lossy().into_owned();
+                    let seen = Dropped {
+                        packets: counter.get_packets()?,
+                        bytes: counter.get_bytes()?,
+                    };
+                    counters.insert(name, seen);
+                }
+            }
+        }
+        Ok(counters)
+    }
+}
+
+fn names(change: &Change) -> Vec<&'static str> {
+    let elements = change.remove.iter().chain(&change.add);
+    let names: BTreeSet<&str> = elements.map(|element| element.set.place().1).collect();
+    names.into_iter().collect()
+}
+
+fn push_keys<P: Pusher>(
+    attributes: nftables::PushSetelemListAttrs<P>,
+    name: &str,
+    elements: &[Element],
+    set: Set,
+) {
+    let mut list = attributes
+        .push_table_bytes(TABLE)
+        .push_set_bytes(name.as_bytes())
+        .nested_elements();
+    for element in elements.iter().filter(|element| element.set == set) {
+        list = list
+            .nested_elem()
+            .nested_key()
+            .push_value(&element.key)
+            .end_nested()
+            .end_nested();
     }
 }
 
@@ -245,80 +315,44 @@ fn header(family: u8) -> Nfgenmsg {
     header
 }
 
-fn encode_port(port: &Port) -> [u8; KEY_BYTES] {
-    let mut key = [0; KEY_BYTES];
-    let name = port.tap.as_bytes();
-    let length = name.len().min(NAME_BYTES - 1);
-    key[..length].copy_from_slice(&name[..length]);
-    key[16..22].copy_from_slice(&port.mac.0);
-    key[24..].copy_from_slice(&port.address.octets());
-    key
-}
-
-fn decode_port(key: &[u8]) -> Option<Port> {
-    let key: &[u8; KEY_BYTES] = key.try_into().ok()?;
-    let end = key[..NAME_BYTES].iter().position(|&byte| byte == 0)?;
-    let tap = std::str::from_utf8(&key[..end]).ok()?.to_owned();
-    let mac = MacAddress(key[16..22].try_into().ok()?);
-    let address = Ipv4Addr::from(<[u8; 4]>::try_from(&key[24..]).ok()?);
-    Some(Port { tap, mac, address })
-}
-
-fn script(host_address: Ipv4Addr, ports: &[Port], nat_vms: &[Ipv4Addr]) -> String {
-    let mut script = format!("define host_address = {host_address}\n{RULES}");
-    for port in ports {
-        // Only a name of our own making goes into the script; another's element is not kept.
-        if super::namespace::is_tap_name(&port.tap) {
-            let _ = writeln!(
-                script,
-                "add element bridge banger ports {{ \"{}\" . {} . {} }}",
-                port.tap, port.mac, port.address
-            );
-        }
-    }
-    for address in nat_vms {
-        let _ = writeln!(script, "add element inet banger nat_vms {{ {address} }}");
-    }
-    script
+/// Everything in it is a number of ours or the name of a TAP that was checked: nothing of a guest's choice.
+fn script(shape: Shape, elements: &Elements) -> String {
+    let Shape { pool, masquerade } = shape;
+    let masquerade = if masquerade { MASQUERADE } else { "" };
+    format!(
+        "define host_address = {}\ndefine uplink_address = {}\ndefine gateway = {}\ndefine guests = {}\n\
+         {RULES}{masquerade}{}",
+        pool.host(),
+        pool.uplink(),
+        pool.gateway(),
+        pool.guests(),
+        elements.script()
+    )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn port() -> Port {
-        Port {
-            tap: "bt0123456789ab".to_owned(),
-            mac: MacAddress([6, 1, 2, 3, 4, 5]),
-            address: Ipv4Addr::new(172, 16, 0, 2),
-        }
-    }
-
-    #[test]
-    fn an_element_is_name_mac_and_address_each_at_its_place() {
-        let key = encode_port(&port());
-        assert_eq!(&key[..16], b"bt0123456789ab\0\0");
-        assert_eq!(&key[16..24], [6, 1, 2, 3, 4, 5, 0, 0]);
-        assert_eq!(&key[24..], [172, 16, 0, 2]);
-        assert_eq!(decode_port(&key), Some(port()));
-        assert_eq!(decode_port(&key[..27]), None);
-        assert_eq!(decode_port(&[b'x'; KEY_BYTES]), None);
-    }
-
     #[test]
     fn every_hook_drops_what_no_rule_accepts() {
         let chains = RULES.matches("type filter hook").count();
         let dropping = RULES.matches("policy drop;").count();
-        // The one that accepts sends everything from a guest to a chain that ends with a drop.
-        assert_eq!((chains, dropping), (4, 3));
+        // Of the two that accept, one sends everything from a guest to a chain that ends with a drop, and the other
+        // only marks what may be routed.
+        assert_eq!((chains, dropping), (5, 3));
         assert!(RULES.contains("iifname \"bt*\" jump from_guest"));
         assert!(RULES.contains("counter name \"sender_dropped\" drop\n\t}"));
+        assert!(
+            RULES.contains("ip saddr @nat_vms accept\n\t\tcounter name \"nat_dropped\" drop\n\t}")
+        );
     }
 
     #[test]
     fn only_our_own_tables_are_touched() {
         for line in RULES
             .lines()
+            .chain(MASQUERADE.lines())
             .filter(|line| line.contains("table ") && !line.starts_with('#'))
         {
             let line = line.trim_start_matches("delete ").trim_end_matches(" {");
@@ -331,18 +365,15 @@ mod tests {
     }
 
     #[test]
-    fn a_foreign_name_never_gets_into_the_script() {
-        let mut foreign = port();
-        foreign.tap = "bt\" } ; flush".to_owned();
-        let script = script(
-            Ipv4Addr::new(172, 16, 15, 254),
-            &[port(), foreign],
-            &[Ipv4Addr::new(172, 16, 0, 2)],
-        );
-        assert!(script.starts_with("define host_address = 172.16.15.254\n"));
-        assert!(script.ends_with(
-            "add element bridge banger ports { \"bt0123456789ab\" . 06:01:02:03:04:05 . 172.16.0.2 }\n\
-             add element inet banger nat_vms { 172.16.0.2 }\n"
-        ));
+    fn only_behind_pasta_something_is_masqueraded() {
+        let shape = |masquerade| Shape {
+            pool: Pool::at(std::net::Ipv4Addr::new(172, 16, 0, 0)),
+            masquerade,
+        };
+        let veth = script(shape(false), &Elements::default());
+        let pasta = script(shape(true), &Elements::default());
+        assert!(veth.starts_with("define host_address = 172.16.15.254\n"));
+        assert!(!veth.contains("hook postrouting"));
+        assert!(pasta.contains("ip saddr $guests oifname \"up0\" masquerade"));
     }
 }

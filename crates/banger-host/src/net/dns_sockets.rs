@@ -1,0 +1,54 @@
+//! Sockets for the DNS server, which lives outside of the namespace.
+
+use crate::op::{BRIDGE, UPLINK};
+use banger_core::addr::Pool;
+use rustix::fd::OwnedFd;
+use socket2::{Domain, Socket, Type};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+const PORT: u16 = 53;
+const BACKLOG: i32 = 64;
+
+/// A socket could not be made.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen for DNS at {address} on `{link}`")]
+pub struct DnsSocketError {
+    address: SocketAddrV4,
+    link: &'static str,
+    #[source]
+    source: io::Error,
+}
+
+/// UDP, then listening TCP, for guests; with `host`, the same two for the host.
+pub(crate) fn open(pool: Pool, host: bool) -> Result<Vec<OwnedFd>, DnsSocketError> {
+    let mut sockets = pair(pool.gateway(), BRIDGE)?;
+    if host {
+        sockets.extend(pair(pool.uplink(), UPLINK)?);
+    }
+    Ok(sockets)
+}
+
+fn pair(address: Ipv4Addr, link: &'static str) -> Result<Vec<OwnedFd>, DnsSocketError> {
+    let address = SocketAddrV4::new(address, PORT);
+    let failed = |source| DnsSocketError {
+        address,
+        link,
+        source,
+    };
+    let udp = bound(Type::DGRAM, address, link).map_err(failed)?;
+    let tcp = bound(Type::STREAM, address, link).map_err(failed)?;
+    tcp.listen(BACKLOG).map_err(failed)?;
+    Ok(vec![udp.into(), tcp.into()])
+}
+
+fn bound(kind: Type, address: SocketAddrV4, link: &str) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::IPV4, kind.nonblocking().cloexec(), None)?;
+    if kind == Type::STREAM {
+        // The connections of an earlier server may still be ending.
+        socket.set_reuse_address(true)?;
+    }
+    socket.bind_device(Some(link.as_bytes()))?;
+    socket.bind(&address.into())?;
+    Ok(socket)
+}
