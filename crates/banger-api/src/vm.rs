@@ -65,6 +65,12 @@ pub struct Attempt {
     pub vmm_pid: Option<i32>,
     /// The shim's process id.
     pub shim_pid: Option<i32>,
+    /// The layers of the VMM's sandbox that hold.
+    #[serde(default)]
+    pub sandbox: Vec<String>,
+    /// The layers that this host refused, each with the reason.
+    #[serde(default)]
+    pub sandbox_missing: Vec<String>,
     /// The generation of the spec that it booted with.
     pub generation: u64,
 }

@@ -176,6 +176,7 @@ fn a_vm_lives_its_whole_life_under_qemu_with_kvm() {
         (&vm["attempt"]["driver"], &vm["attempt"]["accelerator"]),
         (&"qemu".into(), &"kvm".into())
     );
+    is_sandboxed(&vm);
     println!("QEMU RUN: create: {}", boot(&vm));
     pauses_and_resumes(&world, "calm");
     let took = world.timed(&["vm", "stop", "calm"]);
@@ -205,6 +206,7 @@ fn a_vm_lives_its_whole_life_under_firecracker() {
     let vm = create(&world, "otter", &[]);
     assert_eq!(vm["attempt"]["driver"], "firecracker", "{vm:#}");
     println!("FIRECRACKER RUN: create: {}", boot(&vm));
+    is_sandboxed(&vm);
     assert_eq!(world.ssh("otter", "hostname").trim(), "otter");
     println!(
         "FIRECRACKER RUN: the shim while it runs: PSS {} KiB",
@@ -296,6 +298,13 @@ fn create(world: &World, name: &str, options: &[&str]) -> Value {
     let vm = world.vm(name);
     assert_eq!(vm["phase"]["ready"], true, "{vm:#}");
     vm
+}
+
+/// This kernel refuses no part of the sandbox.
+fn is_sandboxed(vm: &Value) {
+    let attempt = &vm["attempt"];
+    assert_eq!(attempt["sandbox_missing"], serde_json::json!([]));
+    assert_eq!(attempt["sandbox"].as_array().map(Vec::len), Some(7));
 }
 
 fn pauses_and_resumes(world: &World, name: &str) {

@@ -185,9 +185,11 @@ impl TestEnv {
             Vmm::Real => settings.push_str("choice = \"qemu\"\n"),
             Vmm::Missing => settings.push_str("choice = \"qemu\"\nqemu = \"/nonexistent/qemu\"\n"),
             Vmm::Scripted(script) => {
-                // Its own program, since the script lies beside it.
+                // Its own program, since the script lies in its prefix.
                 let program = self.folder.join("vmm/fake-vmm");
-                std::fs::create_dir_all(self.folder.join("vmm")).expect("the folder is ours");
+                for folder in ["vmm", "share/qemu"] {
+                    std::fs::create_dir_all(self.folder.join(folder)).expect("the folder is ours");
+                }
                 let built = build_folder().join("debug/fake-vmm");
                 link_or_copy(&built, &program);
                 if !script.is_empty() {
@@ -225,7 +227,7 @@ impl TestEnv {
     /// # Panics
     /// The script cannot be written.
     pub fn script(&self, script: &str) {
-        std::fs::write(self.folder.join("vmm/fake-vmm.script"), script)
+        std::fs::write(self.folder.join("share/qemu/fake-vmm.script"), script)
             .expect("the folder is ours");
     }
 

@@ -4,6 +4,7 @@
 //! that, never on a driver's name.
 
 use crate::protocol::Control;
+use crate::sandbox::Sandbox;
 use banger_core::spec::Driver;
 use std::path::{Path, PathBuf};
 
@@ -55,8 +56,8 @@ pub struct MachineConfig {
     pub drives: Vec<DriveConfig>,
     /// The NIC, if there is to be one.
     pub nic: Option<NicConfig>,
-    /// The folder of sockets and configuration, which is the VMM's working folder; absolute. It must be the parent
-    /// of [`crate::protocol::Launch::shim_socket`].
+    /// The folder of the VMM's sockets and configuration, which is its working folder; absolute. The VMM may make and
+    /// change things there, so nothing that others write should lie in it.
     pub run_dir: PathBuf,
     /// How instructions are run.
     pub accelerator: Accelerator,
@@ -94,6 +95,8 @@ pub struct Plan {
     pub args: Vec<String>,
     /// How the shim reaches it.
     pub control: Control,
+    /// What it may reach.
+    pub sandbox: Sandbox,
     /// Configuration files to write (mode 0600) before the exec.
     pub files: Vec<(PathBuf, Vec<u8>)>,
 }

@@ -10,6 +10,7 @@ pub mod lock;
 pub mod process;
 pub mod protocol;
 pub mod qemu;
+pub mod sandbox;
 pub mod shim;
 pub mod socket;
 pub mod version;

@@ -9,6 +9,7 @@
 //! receives [`Reply`]s and [`Event`]s, one JSON object a line ([`FromShim`]). Every client first receives a
 //! [`FromShim::Status`]. Several clients may be connected; events go to all, and a client that does not read is dropped.
 
+use crate::sandbox::{Applied, Sandbox};
 use banger_core::spec::Driver;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -87,6 +88,8 @@ pub struct Launch {
     pub args: Vec<String>,
     /// How to reach it.
     pub control: Control,
+    /// What it may reach.
+    pub sandbox: Sandbox,
     /// The shim's own socket. Sockets are bound and connected through `/proc/self/fd` of their folder, so that
     /// their length does not matter.
     pub shim_socket: PathBuf,
@@ -110,6 +113,8 @@ pub enum Launched {
         vmm_pid: i32,
         /// The shim's own.
         shim_pid: i32,
+        /// What became of each layer of its sandbox.
+        sandbox: Vec<Applied>,
     },
     /// It did not; everything is gone again.
     Failed {
@@ -160,6 +165,9 @@ pub struct Status {
     pub agent: bool,
     /// The boot's times.
     pub boot: BootTimes,
+    /// What became of each layer of the VMM's sandbox. A shim of before there was one tells of none.
+    #[serde(default)]
+    pub sandbox: Vec<Applied>,
 }
 
 /// What a client asks of a shim. `id` comes back in the [`Reply`].
@@ -343,6 +351,10 @@ mod tests {
             ready: true,
             agent: true,
             boot: BootTimes::default(),
+            sandbox: vec![Applied {
+                layer: crate::sandbox::Layer::Landlock,
+                missing: Some("too old".to_owned()),
+            }],
         };
         let line = serde_json::to_string(&FromShim::Status(status.clone())).unwrap();
         assert_eq!(

@@ -13,6 +13,7 @@ mod control;
 mod guest;
 mod machine;
 mod pipes;
+mod sandbox;
 mod start;
 
 use crate::launch;
@@ -40,6 +41,7 @@ pub fn run() -> ExitCode {
     let running = Launched::Running {
         vmm_pid: machine.vmm_pid(),
         shim_pid: std::process::id() as i32,
+        sandbox: machine.sandbox().to_vec(),
     };
     // Nobody may be listening any more: the VM runs all the same, and is found by its lock and socket.
     let _ = launch::answer(rustix::stdio::stdin(), &running);

@@ -55,6 +55,11 @@ impl VmFiles {
         self.folder.join("run")
     }
 
+    /// Where the VMM works: it may make and change things there, so nothing of ours is written to it while it runs.
+    pub(crate) fn vmm_folder(&self) -> PathBuf {
+        self.run().join("vmm")
+    }
+
     pub(crate) fn shim_socket(&self) -> PathBuf {
         self.run().join("shim.sock")
     }

@@ -151,6 +151,8 @@ impl AttemptFile {
             reason: self.reason.clone(),
             vmm_pid: None,
             shim_pid: None,
+            sandbox: Vec::new(),
+            sandbox_missing: Vec::new(),
             generation: self.generation,
         }
     }

@@ -344,7 +344,8 @@ fn write_boot(
         }
         _ => {}
     }
-    files::make_folder(&run).map_err(|error| io_error("make", &run, &error))?;
+    let vmm_folder = files.vmm_folder();
+    files::make_folder(&vmm_folder).map_err(|error| io_error("make", &vmm_folder, &error))?;
     let config = boot_config(world, record, opened)?;
     let drive = config
         .to_drive()
@@ -380,6 +381,7 @@ fn write_boot(
         program: plan.program,
         args: plan.args,
         control: plan.control,
+        sandbox: plan.sandbox,
         shim_socket: files.shim_socket(),
         console: Ring {
             path: files.console(),
@@ -461,7 +463,7 @@ fn machine(
             tap: record.id.tap_name(),
             mac: record.id.mac().to_string(),
         }),
-        run_dir: files.run(),
+        run_dir: files.vmm_folder(),
         accelerator,
         cid: CID,
         firmware: find_firmware(),

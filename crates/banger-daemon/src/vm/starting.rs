@@ -11,6 +11,7 @@ use banger_api::vm::BootTimes;
 use banger_core::decide::{Deny, Request};
 use banger_core::phase::{Desired, PausedBy, Phase, StartStep, StopReason};
 use banger_vmm::protocol::Status;
+use banger_vmm::sandbox::Applied;
 use std::process::Child;
 use std::sync::Arc;
 use std::time::Instant;
@@ -88,6 +89,16 @@ impl Actor {
                     format!("running: {}", started.attempt.reason),
                     None,
                 );
+                for Applied { layer, missing } in &started.status.sandbox {
+                    if let Some(why) = missing {
+                        let layer = layer.name();
+                        self.note(
+                            "start",
+                            format!("the sandbox lacks its layer `{layer}`: {why}"),
+                            None,
+                        );
+                    }
+                }
                 self.adopt(
                     started.attempt,
                     started.link,
@@ -202,6 +213,14 @@ impl Actor {
         let mut attempt = live.attempt.to_api();
         attempt.vmm_pid = Some(status.vmm_pid);
         attempt.shim_pid = Some(status.shim_pid);
+        for Applied { layer, missing } in &status.sandbox {
+            match missing {
+                None => attempt.sandbox.push(layer.name().to_owned()),
+                Some(why) => attempt
+                    .sandbox_missing
+                    .push(format!("{}: {why}", layer.name())),
+            }
+        }
         let since_asked = |stage: Option<u64>| stage.map(|ms| ms + live.attempt.lead_ms);
         let boot = BootTimes {
             vmm_up: since_asked(status.boot.vmm_up),

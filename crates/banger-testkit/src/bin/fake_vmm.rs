@@ -1,8 +1,8 @@
 //! `fake-vmm`: a small real program that stands for QEMU in tests.
 //!
 //! It takes QEMU's arguments, opens the drives, listens for QMP and for the agent's port, prints a console, and plays
-//! the guest's agent. A file `fake-vmm.script` in its working folder, or beside its executable, makes it misbehave:
-//! one JSON object with any of
+//! the guest's agent. A file `fake-vmm.script` in its working folder, or in the folder `share/qemu` of its prefix, makes
+//! it misbehave: one JSON object with any of
 //!
 //! | key | what it does |
 //! | --- | --- |
@@ -17,6 +17,7 @@
 //! | `flood_console_bytes` | so many bytes on the console |
 //! | `flood_agent_lines` | so many lines of rubbish from the agent |
 //! | `count_every_ms` | numbered lines on the console, one in so many milliseconds |
+//! | `try` | `[["read", "/etc/passwd"], …]`: try such things and print what came of each; see `attempt` |
 //! | `ready_after_ms` | the agent takes its time |
 
 use banger_guest::agent_protocol::{FromGuest, GuestEnd, GuestStage, ToGuest};
@@ -30,7 +31,24 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// QEMU ends on SIGTERM by a handler of its own. Without one, the first process of a pid namespace is spared.
+#[expect(
+    unsafe_code,
+    reason = "there is no safe call that handles a signal without a library"
+)]
+fn end_on_sigterm() {
+    unsafe extern "C" {
+        safe fn signal(number: i32, handler: extern "C" fn(i32)) -> usize;
+        safe fn _exit(code: i32) -> !;
+    }
+    extern "C" fn end(_: i32) {
+        _exit(0);
+    }
+    signal(rustix::process::Signal::TERM.as_raw(), end);
+}
+
 fn main() -> ExitCode {
+    end_on_sigterm();
     let args: Vec<String> = std::env::args().skip(1).collect();
     if args
         .iter()
@@ -77,16 +95,36 @@ fn main() -> ExitCode {
 }
 
 fn read_script() -> Value {
-    let beside = std::env::current_exe()
-        .ok()
-        .and_then(|program| Some(program.parent()?.join("fake-vmm.script")));
-    [Some(PathBuf::from("fake-vmm.script")), beside]
+    let shared = std::env::args_os().next().and_then(|program| {
+        let prefix = Path::new(&program).parent()?.parent()?;
+        Some(prefix.join("share/qemu/fake-vmm.script"))
+    });
+    [Some(PathBuf::from("fake-vmm.script")), shared]
         .into_iter()
         .flatten()
         .find_map(|path| std::fs::read(path).ok())
         .map_or(Value::Null, |bytes| {
             serde_json::from_slice(&bytes).expect("the script of a test is JSON")
         })
+}
+
+/// What a program that a guest has taken over might try.
+fn attempt(what: &str, on: &str) -> std::io::Result<()> {
+    match what {
+        "read" => std::fs::read(on).map(drop),
+        "write" => File::options().write(true).open(on).map(drop),
+        "list" => std::fs::read_dir(on).map(drop),
+        "make" => File::create_new(on).map(drop),
+        "link" => std::os::unix::fs::symlink("/etc/passwd", on),
+        "socket" => UnixListener::bind(on).map(drop),
+        "signal" => {
+            let pid = on.parse().ok().and_then(rustix::process::Pid::from_raw);
+            let pid = pid.ok_or(std::io::ErrorKind::InvalidInput)?;
+            Ok(rustix::process::test_kill_process(pid)?)
+        }
+        "connect" => std::net::TcpStream::connect(on).map(drop),
+        _ => Err(std::io::ErrorKind::Unsupported.into()),
+    }
 }
 
 /// The parts of a comma-separated option; a doubled comma stands for one.
@@ -216,6 +254,13 @@ impl Machine {
     }
 
     fn follow_script(self: &Arc<Self>) {
+        for tried in self.script["try"].as_array().into_iter().flatten() {
+            let what = tried[0].as_str().unwrap_or_default();
+            let on = tried[1].as_str().unwrap_or_default();
+            let outcome =
+                attempt(what, on).map_or_else(|error| error.to_string(), |()| "done".into());
+            self.print(&format!("tried to {what} {on}: {outcome}"));
+        }
         let actions: [(&str, Action); 5] = [
             ("die_after_ms", |_| std::process::exit(1)),
             ("poweroff_after_ms", |machine| {

@@ -4,6 +4,7 @@ use crate::driver::{
     Accelerator, Capabilities, MachineConfig, Plan, PlanError, Vmm, absolute, command_line,
 };
 use crate::protocol::Control;
+use crate::sandbox::Sandbox;
 use banger_core::spec::Driver;
 use serde::Serialize;
 use std::path::PathBuf;
@@ -196,6 +197,7 @@ impl Vmm for Firecracker {
                 log_pipe: machine.run_dir.join(LOG_PIPE),
                 metrics_pipe: machine.run_dir.join(METRICS_PIPE),
             },
+            sandbox: Sandbox::of(machine),
             files: vec![(machine.run_dir.join(CONFIG_FILE), json)],
         })
     }

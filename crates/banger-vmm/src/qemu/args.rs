@@ -4,6 +4,7 @@ use crate::driver::{
     Accelerator, Capabilities, MachineConfig, Plan, PlanError, Vmm, absolute, command_line,
 };
 use crate::protocol::Control;
+use crate::sandbox::Sandbox;
 use banger_core::spec::Driver;
 use std::path::{Path, PathBuf};
 
@@ -181,6 +182,7 @@ impl Vmm for Qemu {
                 qmp_socket: machine.run_dir.join(QMP_SOCKET),
                 agent_socket: machine.run_dir.join(AGENT_SOCKET),
             },
+            sandbox: Sandbox::of(machine),
             files: Vec::new(),
         })
     }

@@ -10,6 +10,7 @@ use super::start::{Failure, remove_sockets};
 use crate::console::{RingWriter, Watcher};
 use crate::protocol::{Command, Control, Event, Exit, Launch, Status, Verb};
 use crate::qemu::qmp;
+use crate::sandbox::Applied;
 use crate::{exit, process};
 use banger_guest::agent_protocol::{FromGuest, ToGuest};
 use rustix::event::{PollFd, PollFlags};
@@ -41,10 +42,17 @@ pub(super) struct Files {
     pub(super) kept: Vec<OwnedFd>,
 }
 
+/// A VMM and what became of each layer of its sandbox.
+pub(super) struct Sandboxed {
+    pub(super) child: Child,
+    pub(super) applied: Vec<Applied>,
+}
+
 /// A VMM, its guest and its clients.
 pub(super) struct Machine {
     launch: Launch,
     child: Child,
+    sandbox: Vec<Applied>,
     pub(super) pidfd: OwnedFd,
     stdout: Option<ChildStdout>,
     stderr: Option<ChildStderr>,
@@ -82,13 +90,17 @@ enum Source {
 impl Machine {
     pub(super) fn new(
         launch: Launch,
-        mut child: Child,
+        sandboxed: Sandboxed,
         started: Instant,
         files: Files,
         control: Controller,
         agent: Agent,
         clients: Clients,
     ) -> io::Result<Self> {
+        let Sandboxed {
+            mut child,
+            applied: sandbox,
+        } = sandboxed;
         let pidfd = process::open(child.id() as i32).and_then(|pidfd| {
             for output in [
                 child.stdout.as_ref().map(AsFd::as_fd),
@@ -113,6 +125,7 @@ impl Machine {
             stderr: child.stderr.take(),
             launch,
             child,
+            sandbox,
             pidfd,
             stderr_tail: Vec::new(),
             started,
@@ -135,6 +148,10 @@ impl Machine {
 
     pub(super) fn vmm_pid(&self) -> i32 {
         self.child.id() as i32
+    }
+
+    pub(super) fn sandbox(&self) -> &[Applied] {
+        &self.sandbox
     }
 
     pub(super) fn program(&self) -> String {
@@ -163,12 +180,21 @@ impl Machine {
             ready: self.guest.ready,
             agent: self.guest.agent,
             boot: self.guest.boot(),
+            sandbox: self.sandbox.clone(),
         }
     }
 
     /// The VMM answered for the first time.
     pub(super) fn alive(&mut self) -> Result<(), String> {
         self.guest.vmm_up = Some(self.now());
+        for Applied { layer, missing } in self.sandbox.clone() {
+            if let Some(why) = missing {
+                self.log(&format!(
+                    "the VMM runs without the sandbox's layer `{}`: {why}",
+                    layer.name()
+                ));
+            }
+        }
         self.agent
             .connect()
             .map_err(|error| format!("cannot connect to the agent's channel: {error}"))
@@ -402,7 +428,7 @@ impl Machine {
             None if self.off_counts() && self.guest.is_off(now) => {
                 self.guest.off();
                 self.log("the guest is off: ending its VMM");
-                let _ = self.signal(Signal::TERM);
+                let _ = self.terminate();
                 self.ending = Some(now);
             }
             None => {}
@@ -412,6 +438,15 @@ impl Machine {
     fn signal(&self, signal: Signal) -> Result<(), String> {
         rustix::process::pidfd_send_signal(&self.pidfd, signal)
             .map_err(|error| format!("cannot signal the VMM: {error}"))
+    }
+
+    /// Asks the VMM to end. Firecracker has no handler for SIGTERM, so the signal only kills it; and as the first
+    /// process of a pid namespace it would be spared even that.
+    fn terminate(&self) -> Result<(), String> {
+        self.signal(match self.launch.control {
+            Control::Qemu { .. } => Signal::TERM,
+            Control::Firecracker { .. } => Signal::KILL,
+        })
     }
 
     fn obey(&mut self, client: u64, command: Command) {
@@ -426,12 +461,11 @@ impl Machine {
             Verb::Resume => self.ask(Ask::Resume, ticket),
             Verb::Terminate | Verb::Kill => {
                 self.guest.ended = true;
-                let signal = if command.verb == Verb::Kill {
-                    Signal::KILL
+                Some(if command.verb == Verb::Kill {
+                    self.signal(Signal::KILL)
                 } else {
-                    Signal::TERM
-                };
-                Some(self.signal(signal))
+                    self.terminate()
+                })
             }
         };
         if let Some(result) = outcome {

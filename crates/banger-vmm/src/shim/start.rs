@@ -3,10 +3,12 @@
 use super::agent::Agent;
 use super::clients::Clients;
 use super::control::{Connected, Controller, Notice};
-use super::machine::{Files, Machine};
+use super::machine::{Files, Machine, Sandboxed};
 use super::pipes::{self, Pipes};
+use super::sandbox::{self, Entered};
 use crate::console::RingWriter;
 use crate::protocol::{Control, Descriptor, Launch};
+use crate::sandbox::Applied;
 use crate::{process, socket};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::inotify;
@@ -15,8 +17,9 @@ use rustix::io::FdFlags;
 use rustix::thread::LinkNameSpaceType;
 use std::fmt::Display;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long a VMM may take to answer for the first time. Usually it takes a tenth of a second.
@@ -55,13 +58,8 @@ pub(super) fn start(
     // A session of its own: no terminal's signal reaches it. It fails only where there is one already.
     let _ = rustix::process::setsid();
     rustix::process::umask(Mode::from_raw_mode(0o077));
-    let kept = take_descriptors(&launch, descriptors)?;
-    let run_dir: PathBuf = launch
-        .shim_socket
-        .parent()
-        .filter(|folder| folder.is_absolute())
-        .ok_or_else(|| format!("`{}` is no absolute path", launch.shim_socket.display()))?
-        .to_owned();
+    let (kept, entered) = take_descriptors(&launch, descriptors)?;
+    let folder = launch.sandbox.folder.clone();
     let console = RingWriter::open(launch.console.clone()).map_err(failed(format!(
         "cannot open `{}`",
         launch.console.path.display()
@@ -82,24 +80,11 @@ pub(super) fn start(
     let agent = Agent::prepare(&launch.control).map_err(failed("cannot listen for the agent"))?;
     let pipes = Pipes::make(&launch.control, &launch.metrics)
         .map_err(failed("cannot make the VMM's pipes"))?;
-    let watch = watch(&run_dir).map_err(failed(format!("cannot watch `{}`", run_dir.display())))?;
+    let watch = watch(&folder).map_err(failed(format!("cannot watch `{}`", folder.display())))?;
 
     let started = Instant::now();
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "the one exec of a VMM: a long-lived child that outlives its parent"
-    )]
-    let child = Command::new(&launch.program)
-        .args(&launch.args)
-        .env_clear()
-        .env("PATH", SEARCH_PATH)
-        .current_dir(&run_dir)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn();
-    let child = match child {
-        Ok(child) => child,
+    let (child, applied) = match spawn(&launch, entered) {
+        Ok(spawned) => spawned,
         Err(error) => {
             remove_sockets(&launch, &agent);
             return Err(format!("cannot start `{}`: {error}", launch.program.display()).into());
@@ -115,6 +100,7 @@ pub(super) fn start(
     };
     let control = Controller::new(&launch.control);
     let clients = Clients::new(listener);
+    let child = Sandboxed { child, applied };
     let mut machine = Machine::new(launch, child, started, files, control, agent, clients)
         .map_err(failed("cannot watch the VMM"))?;
     match prove_life(&mut machine, &watch, started) {
@@ -123,8 +109,33 @@ pub(super) fn start(
     }
 }
 
-/// Enters namespaces, checks the lock, and lets the VMM inherit what it must. Returns what the shim keeps open.
-fn take_descriptors(launch: &Launch, descriptors: Vec<OwnedFd>) -> Result<Vec<OwnedFd>, Failure> {
+/// Starts the VMM. In its own root it has no links, so it is called by the path that they lead to.
+fn spawn(launch: &Launch, entered: Entered) -> std::io::Result<(Child, Vec<Applied>)> {
+    let program = std::fs::canonicalize(&launch.program)?;
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the one exec of a VMM: a long-lived child that outlives its parent"
+    )]
+    let mut command = Command::new(&program);
+    command
+        .arg0(&launch.program)
+        .args(&launch.args)
+        .env_clear()
+        .env("PATH", SEARCH_PATH)
+        .current_dir(&launch.sandbox.folder)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    sandbox::spawn(command, &program, &launch.sandbox, entered)
+}
+
+/// Enters namespaces, checks the lock, and lets the VMM inherit what it must. Returns what the shim keeps open, and
+/// which namespaces there were.
+fn take_descriptors(
+    launch: &Launch,
+    descriptors: Vec<OwnedFd>,
+) -> Result<(Vec<OwnedFd>, Entered), Failure> {
+    let mut entered = Entered::default();
     let mut kept = Vec::new();
     let mut namespaces = Vec::new();
     let mut locked = false;
@@ -138,8 +149,12 @@ fn take_descriptors(launch: &Launch, descriptors: Vec<OwnedFd>) -> Result<Vec<Ow
                 kept.push(descriptor);
             }
             Descriptor::Keepalive => kept.push(descriptor),
-            Descriptor::UserNamespace => namespaces.push((LinkNameSpaceType::User, descriptor)),
+            Descriptor::UserNamespace => {
+                entered.user = true;
+                namespaces.push((LinkNameSpaceType::User, descriptor));
+            }
             Descriptor::NetworkNamespace => {
+                entered.network = true;
                 namespaces.push((LinkNameSpaceType::Network, descriptor));
             }
         }
@@ -157,7 +172,7 @@ fn take_descriptors(launch: &Launch, descriptors: Vec<OwnedFd>) -> Result<Vec<Ow
         rustix::io::fcntl_setfd(descriptor, FdFlags::empty())
             .map_err(failed("cannot hand on the lock"))?;
     }
-    Ok(kept)
+    Ok((kept, entered))
 }
 
 pub(super) fn sockets_of(control: &Control) -> [&Path; 2] {

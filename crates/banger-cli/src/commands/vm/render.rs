@@ -179,6 +179,16 @@ pub(super) fn details(vm: &Vm) -> String {
                 pid(attempt.shim_pid)
             ),
         ));
+        lines.push((
+            "sandbox",
+            match attempt.sandbox.as_slice() {
+                [] => "none".to_owned(),
+                layers => layers.join(", "),
+            },
+        ));
+        if !attempt.sandbox_missing.is_empty() {
+            lines.push(("not in it", attempt.sandbox_missing.join("; ")));
+        }
         if attempt.generation != vm.generation {
             lines.push(("booted with", format!("generation {}", attempt.generation)));
         }
