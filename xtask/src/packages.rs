@@ -69,6 +69,7 @@ const NEEDS: &[Need] = &[
     program("curl", Purpose::Test, "curl"),
     program("procps", Purpose::Test, "ps"),
     program("strace", Purpose::Bench, "strace"),
+    program("dnsmasq-base", Purpose::Bench, "dnsmasq"),
 ];
 
 /// Signs the packages that images are made from.

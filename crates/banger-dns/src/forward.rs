@@ -18,14 +18,8 @@ const ROOM: usize = 4096;
 
 /// Has the question answered, within the time of all attempts together, and gives the message for the client.
 pub(crate) async fn forward(service: &Service, pending: &Pending) -> Vec<u8> {
-    let reply = match service.waiting.take(pending.client) {
-        None => Err(Reply::because(Code::ServerFailure, Why::Busy)),
-        Some(_slot) => {
-            count(&service.counters.forwarded);
-            ask_all(service, pending).await
-        }
-    };
-    match reply {
+    count(&service.counters.forwarded);
+    match ask_all(service, pending).await {
         Ok(message) if message.len() <= pending.limit() => {
             count(&service.counters.answered);
             message

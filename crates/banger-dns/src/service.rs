@@ -1,12 +1,12 @@
 //! What is done with one message, wherever it came from.
 
 use crate::config::Config;
-use crate::limit::{Limiter, Slots};
+use crate::limit::{Limiter, Slot, Slots};
 use crate::resolvers::Current;
 use crate::route::{Audience, Route, route};
 use crate::stats::{Counters, Stats, count};
 use crate::wire::query::{Query, Rejection};
-use crate::wire::reply::{Reply, write_bare};
+use crate::wire::reply::{Reply, Why, write_bare};
 use crate::wire::{Code, UDP_MOST};
 use crate::zone::Zone;
 use std::net::{IpAddr, SocketAddr};
@@ -21,7 +21,7 @@ pub(crate) enum Transport {
 }
 
 /// What to do about a message.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) enum Step {
     /// Nothing.
     Drop,
@@ -32,9 +32,11 @@ pub(crate) enum Step {
 }
 
 /// A question for a resolver.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) struct Pending {
     pub(crate) client: IpAddr,
+    /// One of the places of those that wait; so they are never more than those.
+    _slot: Slot,
     pub(crate) transport: Transport,
     pub(crate) query: Query,
     /// The client's message up to the end of its question.
@@ -113,14 +115,18 @@ impl Service {
                 let domains = &self.config.private_domains;
                 match route(&self.zone, domains, audience, client, &query.question) {
                     Route::Reply(reply) => (query, reply),
-                    Route::Upstream => {
-                        return Step::Forward(Box::new(Pending {
-                            client,
-                            transport,
-                            query,
-                            asked: message[..query.question.end].to_vec(),
-                        }));
-                    }
+                    Route::Upstream => match self.waiting.take(client) {
+                        Some(slot) => {
+                            return Step::Forward(Box::new(Pending {
+                                client,
+                                _slot: slot,
+                                transport,
+                                query,
+                                asked: message[..query.question.end].to_vec(),
+                            }));
+                        }
+                        None => (query, Reply::because(Code::ServerFailure, Why::Busy)),
+                    },
                 }
             }
             Err(Rejection::Bare { id, flags, code }) => {
@@ -201,13 +207,11 @@ mod tests {
         let message = query("calm-otter.vm", kind::A).bytes();
         for stranger in [Ipv4Addr::new(172, 16, 8, 1), Ipv4Addr::new(192, 0, 2, 1)] {
             let step = take(&service, &message, stranger, Audience::Guests);
-            assert_eq!(step, Step::Drop);
+            assert!(matches!(step, Step::Drop));
         }
         assert_eq!(service.counters.stats(0, Vec::new()).dropped, 2);
-        assert_eq!(
-            take(&service, &message, GUEST, Audience::Guests),
-            Step::Reply
-        );
+        let step = take(&service, &message, GUEST, Audience::Guests);
+        assert!(matches!(step, Step::Reply));
     }
 
     #[test]
@@ -288,7 +292,7 @@ mod tests {
                     Duration::ZERO,
                     &mut out,
                 );
-                if step == Step::Reply {
+                if matches!(step, Step::Reply) {
                     assert_eq!(out[..2], message[..2], "its id");
                     assert_ne!(out[2] & 0x80, 0, "a reply");
                     assert!(out.len() <= 512, "{}", out.len());

@@ -78,6 +78,16 @@ impl Row {
         }
     }
 
+    /// Of what there is nothing to compare with, and why; `ours` is in seconds.
+    pub(super) fn without_other(name: &str, ours: f64, why: &str) -> Self {
+        Self {
+            ours: milliseconds(ours),
+            theirs: why.to_owned(),
+            verdict: Verdict::Undecided.word(),
+            ..Self::failed(name)
+        }
+    }
+
     /// Of a bench that broke off.
     pub(super) fn failed(name: &str) -> Self {
         Self {

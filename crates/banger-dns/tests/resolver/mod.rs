@@ -4,7 +4,7 @@ use simple_dns::Packet;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, UdpSocket};
+use tokio::net::{TcpListener, TcpSocket, UdpSocket};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
@@ -16,6 +16,7 @@ pub(crate) struct Resolver {
     _tasks: JoinSet<()>,
     /// Bound, and never read.
     _deaf: Option<(UdpSocket, TcpListener)>,
+    _closed: Option<(UdpSocket, TcpSocket)>,
 }
 
 #[derive(Debug, Clone)]
@@ -61,13 +62,20 @@ impl Resolver {
             release: Arc::default(),
             _tasks: JoinSet::new(),
             _deaf: Some(pair),
+            _closed: None,
         }
     }
 
-    /// One that is not there any more.
+    /// One whose port is closed. Nobody else can have that port meanwhile: its sockets are bound to it, but one hears
+    /// another address alone, and the other does not listen.
     pub(crate) async fn gone() -> Self {
         let mut gone = Self::deaf().await;
-        gone._deaf = None;
+        let (udp, _) = gone._deaf.take().unwrap();
+        udp.connect((Ipv4Addr::LOCALHOST, 9)).await.unwrap();
+        let tcp = TcpSocket::new_v4().unwrap();
+        tcp.set_reuseaddr(true).unwrap();
+        tcp.bind(gone.address).unwrap();
+        gone._closed = Some((udp, tcp));
         gone
     }
 
@@ -86,6 +94,7 @@ impl Resolver {
             release,
             _tasks: tasks,
             _deaf: None,
+            _closed: None,
         }
     }
 
