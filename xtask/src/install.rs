@@ -2,8 +2,14 @@
 
 use crate::dist::{Profile, place};
 use crate::failure::{Failure, Result};
-use crate::layout::PROGRAMS;
+use crate::layout::{PROGRAMS, root};
 use std::path::{Path, PathBuf};
+
+/// What tells udev to leave our loop devices alone, from the checkout to below the prefix.
+const UDEV_RULES: (&str, &str) = (
+    "crates/banger-host/src/storage/60-banger.rules",
+    "lib/udev/rules.d/60-banger.rules",
+);
 
 /// Where each program goes below `prefix`: the command into `bin`, what it starts into `libexec/banger`.
 fn places(prefix: &Path) -> Vec<(&'static str, PathBuf)> {
@@ -47,12 +53,21 @@ pub(crate) fn install(prefix: &str) -> Result<()> {
         place(&from, &to, 0o755)?;
         println!("{}", to.display());
     }
+    let (from, to) = UDEV_RULES;
+    let to = destination(prefix)?.join(to);
+    place(&root().join(from), &to, 0o644)?;
+    println!("{}", to.display());
     Ok(())
 }
 
 pub(crate) fn uninstall(prefix: &str) -> Result<()> {
     let prefix = destination(prefix)?;
-    for (_, path) in places(&prefix) {
+    let rules = prefix.join(UDEV_RULES.1);
+    for path in places(&prefix)
+        .into_iter()
+        .map(|(_, path)| path)
+        .chain([rules])
+    {
         match std::fs::remove_file(&path) {
             Ok(()) => println!("removed {}", path.display()),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}

@@ -9,4 +9,5 @@ pub mod name;
 pub mod phase;
 pub mod size;
 pub mod spec;
+pub mod watermark;
 pub mod words;

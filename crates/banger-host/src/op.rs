@@ -9,7 +9,7 @@ mod host;
 
 pub use host::{
     ClosedForward, HostAnswer, HostOp, HostReply, HostRequest, NatReport, OwnedKind, OwnedObject,
-    ResolvedReport,
+    ResolvedReport, SnapshotState,
 };
 
 use banger_core::addr::Pool;

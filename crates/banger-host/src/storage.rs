@@ -1,5 +1,8 @@
 //! Facts about filesystems and the machine, and the few durable file operations that everything else is built from.
 
+pub mod dm;
+pub mod loopdev;
+pub mod ops;
 mod reflink;
 
 pub use reflink::{ReflinkError, filesystem_name, mount_point, try_reflink};
@@ -35,6 +38,11 @@ impl StorageError {
             self.source.kind(),
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
         )
+    }
+
+    /// Whether the filesystem cannot do this at all.
+    pub fn is_unsupported(&self) -> bool {
+        self.source.kind() == io::ErrorKind::Unsupported
     }
 }
 
@@ -86,6 +94,15 @@ pub fn create_sparse(path: &Path, size: u64, mode: u32) -> Result<File, StorageE
         return Err(StorageError::new("set the size of", path)(source));
     }
     Ok(file)
+}
+
+/// Sets the size of `file` (named `path` in errors).
+///
+/// # Errors
+/// The filesystem refuses.
+pub fn resize(file: &File, path: &Path, size: u64) -> Result<(), StorageError> {
+    file.set_len(size)
+        .map_err(StorageError::new("set the size of", path))
 }
 
 /// Makes sure that writing to the first `size` bytes of `file` (named `path` in errors) will not run out of room.

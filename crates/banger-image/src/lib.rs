@@ -7,6 +7,7 @@
 
 pub mod context;
 pub mod error;
+pub mod grow;
 pub mod image;
 pub mod kernel;
 pub mod store;

@@ -16,6 +16,7 @@ const RECIPE: &str = "1";
 const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 const PACKAGES: &[&str] = &[
     KERNEL_PACKAGE,
+    "btrfs-progs",
     "busybox-static",
     "ca-certificates",
     "curl",
@@ -33,7 +34,9 @@ const PACKAGES: &[&str] = &[
     "procps",
     "qemu-system-x86",
     "strace",
+    "udev",
     "uidmap",
+    "xfsprogs",
 ];
 /// Modules without which the root cannot be mounted; what they need comes along.
 const ROOT_MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "ext4"];

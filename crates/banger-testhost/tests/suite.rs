@@ -5,6 +5,8 @@
 #![expect(clippy::unwrap_used, reason = "all of this is a test")]
 
 mod inside;
+#[path = "inside/storage.rs"]
+mod storage;
 
 use inside::{Seconds, World, boot};
 use serde_json::Value;

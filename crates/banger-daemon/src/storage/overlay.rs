@@ -1,7 +1,9 @@
 //! The image read-only and shared by all its VMs, an ext4 per VM, joined by overlayfs in the guest.
 
-use super::{Layer, RootDrive, StorageDriver, StorageFacts, ensure_disk, make_empty};
-use banger_api::error::{ErrorBody, ErrorCode};
+use super::{
+    Layer, RootDrive, StorageDriver, StorageFacts, ensure_disk, made_over_another, make_empty,
+};
+use banger_api::error::ErrorBody;
 use banger_core::spec::Storage;
 
 #[derive(Debug)]
@@ -26,15 +28,7 @@ impl StorageDriver for Overlay {
     }
 
     fn open(&self, layer: &Layer) -> Result<RootDrive, ErrorBody> {
-        if layer.image_digest != layer.made_over {
-            return Err(ErrorBody::new(
-                ErrorCode::Conflict,
-                format!(
-                    "the image of `{}` is not the one its overlay was made over",
-                    layer.name
-                ),
-            ));
-        }
+        made_over_another(layer)?;
         let uuid = layer.overlay_uuid.to_string();
         ensure_disk(&layer.name, layer.precious, &layer.file, &uuid, || {
             self.create(layer)

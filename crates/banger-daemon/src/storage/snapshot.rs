@@ -1,28 +1,246 @@
-//! A device-mapper snapshot of the image.
+//! A device-mapper snapshot of the image: the image below, what the VM writes in a file of its own.
+//!
+//! The kernel drops a snapshot for ever when its copy-on-write file is full or cannot be written. So the room in that
+//! file is reserved on the host before the kernel sees it, it grows long before it is full ([`tend`]), and where it
+//! cannot grow the VM is paused.
 
-use super::{Layer, RootDrive, StorageDriver, StorageFacts};
+use super::{
+    Layer, Owner, RootDrive, StorageDriver, StorageFacts, made_over_another, remove_if_there,
+};
+use crate::vm::files::io_error;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_core::spec::Storage;
+use banger_core::watermark::{
+    CowVerdict, UNLIMITED_WRITES, cow, cow_first, cow_most, cow_must_pause, cow_next_check_ms,
+};
+use banger_host::host_side::HostSide;
+use banger_host::op::{HostAnswer, HostOp, SnapshotState};
+use banger_host::storage::{create_sparse, ops, preallocate};
+use banger_image::template;
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+const SECTOR: u64 = 512;
+/// How a copy-on-write file begins once the kernel has used it.
+const MAGIC: &[u8; 4] = b"SnAp";
 
 #[derive(Debug)]
 pub(super) struct Snapshot;
-
-const MISSING: &str = "this daemon cannot make device-mapper snapshots";
 
 impl StorageDriver for Snapshot {
     fn storage(&self) -> Storage {
         Storage::Snapshot
     }
 
-    fn judge(&self, _: &StorageFacts) -> Result<String, String> {
-        Err(MISSING.to_owned())
+    fn judge(&self, facts: &StorageFacts) -> Result<String, String> {
+        facts.snapshot().clone()?;
+        Ok("snapshot, this host has device-mapper".to_owned())
     }
 
-    fn create(&self, _: &Layer) -> Result<(), ErrorBody> {
-        Err(ErrorBody::new(ErrorCode::HostUnfit, MISSING))
+    fn create(&self, layer: &Layer) -> Result<(), ErrorBody> {
+        let first = cow_first(device_bytes(layer)?);
+        let made = create_sparse(&layer.file, first, 0o600)
+            .and_then(|file| reserve(&file, &layer.file, first));
+        made.map_err(|error| {
+            let body = storage_error(&error);
+            if layer.file.exists() && error.is_no_space() {
+                // Without its room it is of no use; the first failure is what counts.
+                let _ = std::fs::remove_file(&layer.file);
+            }
+            body
+        })
     }
 
-    fn open(&self, _: &Layer) -> Result<RootDrive, ErrorBody> {
-        Err(ErrorBody::new(ErrorCode::HostUnfit, MISSING))
+    fn open(&self, layer: &Layer) -> Result<RootDrive, ErrorBody> {
+        made_over_another(layer)?;
+        ensure_cow(self, layer)?;
+        let image = open_file(OpenOptions::new().read(true), &layer.image)?;
+        let cow = open_file(OpenOptions::new().read(true).write(true), &layer.file)?;
+        let attach = HostOp::AttachSnapshot {
+            instance: layer.owner.instance,
+            vm: layer.owner.vm,
+            sectors: device_bytes(layer)? / SECTOR,
+        };
+        let HostAnswer::Device { path } = ask(&attach, &[image.as_fd(), cow.as_fd()])? else {
+            return Err(misunderstood());
+        };
+        let path = PathBuf::from(path);
+        let whole = prove(layer, &path).and_then(|()| tend(layer).map(drop));
+        if let Err(error) = whole {
+            // The first failure is what counts; the start's own unwinding detaches it as well.
+            let _ = self.close(&layer.owner);
+            return Err(error);
+        }
+        Ok(RootDrive::own(path, layer))
     }
+
+    fn close(&self, owner: &Owner) -> Result<(), ErrorBody> {
+        let uid = rustix::process::geteuid().as_raw();
+        if !ops::is_there(uid, owner.instance, owner.vm) {
+            return Ok(());
+        }
+        ask(
+            &HostOp::DetachSnapshot {
+                instance: owner.instance,
+                vm: owner.vm,
+            },
+            &[],
+        )
+        .map(drop)
+    }
+}
+
+/// The size of the VM's root: the image and the new data that it may write.
+fn device_bytes(layer: &Layer) -> Result<u64, ErrorBody> {
+    Ok((layer.image_bytes()? + layer.overlay_bytes) / SECTOR * SECTOR)
+}
+
+/// Reserves the room of a file; where the filesystem cannot, the file is at least as large.
+fn reserve(file: &File, path: &Path, bytes: u64) -> Result<(), banger_host::storage::StorageError> {
+    match preallocate(file, path, bytes) {
+        Err(error) if error.is_unsupported() => banger_host::storage::resize(file, path, bytes),
+        outcome => outcome,
+    }
+}
+
+/// A copy-on-write file that was never used, or is torn, is made again; one that may hold data is never touched.
+fn ensure_cow(driver: &Snapshot, layer: &Layer) -> Result<(), ErrorBody> {
+    use std::os::unix::fs::FileExt;
+    let mut begins = [0; 4];
+    let read = File::open(&layer.file).and_then(|file| file.read_exact_at(&mut begins, 0));
+    let error = match read {
+        Ok(()) if &begins == MAGIC => return Ok(()),
+        Ok(()) if begins == [0; 4] && !layer.precious => return Ok(()),
+        Ok(()) => ErrorBody::new(
+            ErrorCode::Conflict,
+            format!(
+                "`{}` is not the copy-on-write file of `{}`",
+                layer.file.display(),
+                layer.name
+            ),
+        ),
+        Err(error) => io_error("read", &layer.file, &error),
+    };
+    if layer.precious {
+        return Err(error.hint("put the file back from a backup; nothing was changed"));
+    }
+    remove_if_there(&layer.file)?;
+    driver.create(layer)
+}
+
+/// The device holds the image's filesystem, and the kernel has not dropped it.
+fn prove(layer: &Layer, device: &Path) -> Result<(), ErrorBody> {
+    let found =
+        template::read_ext4_uuid(device).map_err(|error| crate::images::build_error(&error))?;
+    if found.to_string() == layer.image_uuid {
+        return Ok(());
+    }
+    Err(ErrorBody::new(
+        ErrorCode::Conflict,
+        format!(
+            "`{}` is not over the image of `{}`: it carries the UUID {found}, not {}",
+            layer.file.display(),
+            layer.name,
+            layer.image_uuid
+        ),
+    ))
+}
+
+/// How a snapshot's copy-on-write file is after it was tended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Tended {
+    /// When to look again, in milliseconds.
+    pub(crate) next_check_ms: u64,
+    /// The VM must not write now: there is no room for it.
+    pub(crate) must_pause: bool,
+    /// The file was grown to so many bytes.
+    pub(crate) grown_to: Option<u64>,
+}
+
+/// Looks how full the copy-on-write file is, and grows it in time.
+///
+/// # Errors
+/// The kernel has dropped the snapshot, or cannot be asked.
+pub(crate) fn tend(layer: &Layer) -> Result<Tended, ErrorBody> {
+    let Owner { instance, vm } = layer.owner;
+    let most = cow_most(device_bytes(layer)?);
+    let (used, size) = state(layer, &HostOp::SnapshotStatus { instance, vm })?;
+    let CowVerdict::Grow(to) = cow(used, size, most) else {
+        return Ok(Tended {
+            next_check_ms: cow_next_check_ms(used, size, UNLIMITED_WRITES),
+            must_pause: false,
+            grown_to: None,
+        });
+    };
+    let file = open_file(OpenOptions::new().read(true).write(true), &layer.file)?;
+    match reserve(&file, &layer.file, to) {
+        Ok(()) => {
+            let (used, size) = state(layer, &HostOp::GrowSnapshot { instance, vm })?;
+            Ok(Tended {
+                next_check_ms: cow_next_check_ms(used, size, UNLIMITED_WRITES),
+                must_pause: cow_must_pause(used, size),
+                grown_to: Some(size),
+            })
+        }
+        Err(error) if error.is_no_space() => Ok(Tended {
+            next_check_ms: cow_next_check_ms(used, size, UNLIMITED_WRITES),
+            must_pause: cow_must_pause(used, size),
+            grown_to: None,
+        }),
+        Err(error) => Err(storage_error(&error)),
+    }
+}
+
+/// The bytes that are used of the copy-on-write file, and its size.
+fn state(layer: &Layer, op: &HostOp) -> Result<(u64, u64), ErrorBody> {
+    let lost = |why: &str| {
+        ErrorBody::new(
+            ErrorCode::Internal,
+            format!("the kernel has no snapshot of `{}`: {why}", layer.name),
+        )
+        .hint("what was written is in the copy-on-write file; keep it")
+    };
+    match ask(op, &[])? {
+        HostAnswer::Snapshot(SnapshotState::Valid {
+            used_sectors,
+            total_sectors,
+        }) => Ok((used_sectors * SECTOR, total_sectors * SECTOR)),
+        HostAnswer::Snapshot(SnapshotState::Absent) => Err(lost("it is not attached")),
+        HostAnswer::Snapshot(SnapshotState::Lost { why }) => Err(lost(&why)),
+        _ => Err(misunderstood()),
+    }
+}
+
+fn ask(op: &HostOp, descriptors: &[BorrowedFd<'_>]) -> Result<HostAnswer, ErrorBody> {
+    let side = HostSide::find().ok_or_else(|| {
+        ErrorBody::new(ErrorCode::HostUnfit, format!("{} needs root", op.name()))
+            .hint("`banger-helper` does it for ordinary users; `--storage auto` needs neither")
+    })?;
+    match side.perform(op, descriptors) {
+        Ok((answer, _)) => Ok(answer),
+        Err(error) => Err(ErrorBody::from_error(ErrorCode::Internal, &error)),
+    }
+}
+
+fn misunderstood() -> ErrorBody {
+    ErrorBody::new(
+        ErrorCode::Internal,
+        "the host's root side answered something else",
+    )
+}
+
+fn open_file(options: &OpenOptions, path: &Path) -> Result<File, ErrorBody> {
+    options
+        .open(path)
+        .map_err(|error| io_error("open", path, &error))
+}
+
+fn storage_error(error: &banger_host::storage::StorageError) -> ErrorBody {
+    let code = if error.is_no_space() {
+        ErrorCode::NoSpace
+    } else {
+        ErrorCode::Internal
+    };
+    ErrorBody::from_error(code, error)
 }

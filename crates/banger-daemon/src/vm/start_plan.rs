@@ -292,10 +292,7 @@ fn open_files(world: &World, record: &VmRecord, files: &VmFiles) -> Result<Opene
     let layer = Layer::of(world, record, files)?;
     let root = storage::driver(record.spec.storage).open(&layer)?;
     if let (Some(uuid), Some(bytes)) = (record.disk_uuid, record.spec.disk_bytes) {
-        let (path, expected) = (files.disk(), uuid.to_string());
-        storage::ensure_disk(&record.name, record.started_once, &path, &expected, || {
-            storage::make_empty(&world.paths.cache, bytes.get(), &path, uuid)
-        })?;
+        storage::open_disk(&layer, &files.disk(), uuid, bytes.get())?;
     }
     let opened = Opened {
         root,

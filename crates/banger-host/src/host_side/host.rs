@@ -11,6 +11,7 @@ use crate::net::host::HostOpError;
 use crate::net::links::{Link, Links};
 use crate::net::watch::Watch;
 use crate::op::{HostAnswer, HostOp, NatReport, OwnedKind, OwnedObject, ResolvedReport};
+use crate::storage::ops;
 use banger_core::addr::Pool;
 use banger_core::id::InstanceId;
 use rustix::fd::{BorrowedFd, OwnedFd};
@@ -120,9 +121,15 @@ impl Host {
                 self.work()?.remove_resolved(tag(instance))?;
                 HostAnswer::Done
             }
-            HostOp::ListOwned {} => HostAnswer::Owned {
-                objects: self.work()?.list_owned(caller)?,
-            },
+            HostOp::AttachSnapshot { .. }
+            | HostOp::DetachSnapshot { .. }
+            | HostOp::GrowSnapshot { .. }
+            | HostOp::SnapshotStatus { .. } => ops::perform(caller.uid, op, descriptors)?,
+            HostOp::ListOwned {} => {
+                let mut objects = self.work()?.list_owned(caller)?;
+                objects.extend(ops::list(caller.uid)?);
+                HostAnswer::Owned { objects }
+            }
         };
         Ok((answer, Vec::new()))
     }

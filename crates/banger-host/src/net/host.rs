@@ -117,6 +117,9 @@ pub enum HostOpError {
         /// Who gave it.
         uid: u32,
     },
+    /// A snapshot could not be made, found or removed.
+    #[error(transparent)]
+    Snapshot(#[from] crate::storage::ops::SnapshotError),
     /// The namespace could not be entered.
     #[error("cannot enter the instance's network namespace")]
     Enter(#[source] io::Error),

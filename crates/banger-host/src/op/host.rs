@@ -1,7 +1,7 @@
 //! The operations that need root on the host.
 
 use banger_core::addr::Pool;
-use banger_core::id::InstanceId;
+use banger_core::id::{InstanceId, VmId};
 use serde::{Deserialize, Serialize};
 use std::net::Ipv4Addr;
 
@@ -58,6 +58,38 @@ pub enum HostOp {
         /// Whose.
         instance: InstanceId,
     },
+    /// Make a VM's snapshot of its image, anew if there is one, which nobody may use. Comes with two descriptors: the
+    /// image, open for reading alone, and the copy-on-write file, open for reading and writing; its first bytes are
+    /// zeros or what an earlier snapshot of the same image left. Answers [`HostAnswer::Device`].
+    AttachSnapshot {
+        /// Whose.
+        instance: InstanceId,
+        /// The VM.
+        vm: VmId,
+        /// Its size in sectors of 512 bytes, at least the image's; what is above the image reads as zeros.
+        sectors: u64,
+    },
+    /// Take it apart; the copy-on-write file keeps what was written.
+    DetachSnapshot {
+        /// Whose.
+        instance: InstanceId,
+        /// The VM.
+        vm: VmId,
+    },
+    /// Have the kernel see that the copy-on-write file has grown. Answers [`HostAnswer::Snapshot`].
+    GrowSnapshot {
+        /// Whose.
+        instance: InstanceId,
+        /// The VM.
+        vm: VmId,
+    },
+    /// How full the copy-on-write file is. Answers [`HostAnswer::Snapshot`].
+    SnapshotStatus {
+        /// Whose.
+        instance: InstanceId,
+        /// The VM.
+        vm: VmId,
+    },
     /// List all objects of the caller on the host. Answers [`HostAnswer::Owned`].
     ListOwned {},
 }
@@ -73,6 +105,10 @@ impl HostOp {
             Self::RemoveNat { .. } => "remove-nat",
             Self::EnsureResolved { .. } => "ensure-resolved",
             Self::RemoveResolved { .. } => "remove-resolved",
+            Self::AttachSnapshot { .. } => "attach-snapshot",
+            Self::DetachSnapshot { .. } => "detach-snapshot",
+            Self::GrowSnapshot { .. } => "grow-snapshot",
+            Self::SnapshotStatus { .. } => "snapshot-status",
             Self::ListOwned {} => "list-owned",
         }
     }
@@ -81,12 +117,16 @@ impl HostOp {
     pub const fn descriptors(&self) -> usize {
         match self {
             Self::AttachVeth { .. } => 1,
+            Self::AttachSnapshot { .. } => 2,
             Self::Hello {}
             | Self::DetachVeth { .. }
             | Self::EnsureNat { .. }
             | Self::RemoveNat { .. }
             | Self::EnsureResolved { .. }
             | Self::RemoveResolved { .. }
+            | Self::DetachSnapshot { .. }
+            | Self::GrowSnapshot { .. }
+            | Self::SnapshotStatus { .. }
             | Self::ListOwned {} => 0,
         }
     }
@@ -117,10 +157,37 @@ pub enum HostAnswer {
     Nat(NatReport),
     /// What became of the names.
     Resolved(ResolvedReport),
+    /// A block device that the caller may open.
+    Device {
+        /// Its node.
+        path: String,
+    },
+    /// How a snapshot is.
+    Snapshot(SnapshotState),
     /// The caller's objects.
     Owned {
         /// By kind, then name.
         objects: Vec<OwnedObject>,
+    },
+}
+
+/// How a snapshot is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum SnapshotState {
+    /// It works.
+    Valid {
+        /// What is taken of the copy-on-write file, in sectors of 512 bytes.
+        used_sectors: u64,
+        /// How large that file is for the kernel, in sectors.
+        total_sectors: u64,
+    },
+    /// There is none.
+    Absent,
+    /// The kernel has dropped it, for ever: its copy-on-write file ran out of room, or could not be written.
+    Lost {
+        /// The kernel's word for it.
+        why: String,
     },
 }
 
@@ -162,6 +229,8 @@ pub enum OwnedKind {
     Veth,
     /// A table of the host's packet filter.
     NftTable,
+    /// A device of device-mapper.
+    Snapshot,
     /// A device whose forwarding is on for the instance's sake.
     Forwarding,
 }
