@@ -55,7 +55,7 @@ async fn ask_all(service: &Service, pending: &Pending) -> Result<Vec<u8>, Reply>
             Err(_) => tracing::debug!(%resolver, "resolver does not answer"),
         }
     }
-    Err(Reply::because(Code::ServerFailure, Why::NoResolver))
+    Err(Reply::recursive(Code::ServerFailure, Why::NoResolver))
 }
 
 fn pass_on(
@@ -78,10 +78,10 @@ fn pass_on(
             count(&service.counters.rebinding);
             let name = &pending.query.question.name;
             tracing::debug!(client = %pending.client, %name, "a public name that points into a private network");
-            return Err(Reply::because(Code::Refused, Why::Private));
+            return Err(Reply::recursive(Code::Refused, Why::Private));
         }
         Verdict::Truncated => return Err(Reply::truncated()),
-        Verdict::Unhelpful => return Err(Reply::because(Code::ServerFailure, Why::NoResolver)),
+        Verdict::Unhelpful => return Err(Reply::recursive(Code::ServerFailure, Why::NoResolver)),
     }
     message[..2].copy_from_slice(&pending.query.id.to_be_bytes());
     Ok(message)

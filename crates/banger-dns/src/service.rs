@@ -125,7 +125,7 @@ impl Service {
                                 asked: message[..query.question.end].to_vec(),
                             }));
                         }
-                        None => (query, Reply::because(Code::ServerFailure, Why::Busy)),
+                        None => (query, Reply::recursive(Code::ServerFailure, Why::Busy)),
                     },
                 }
             }

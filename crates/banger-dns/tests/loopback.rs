@@ -113,6 +113,8 @@ struct Reply {
     code: RCODE,
     addresses: Vec<Ipv4Addr>,
     truncated: bool,
+    /// Whether it says that names of the internet may be asked for.
+    recursion: bool,
     bytes: Vec<u8>,
 }
 
@@ -132,6 +134,7 @@ impl Reply {
             code: packet.rcode(),
             addresses: addresses.collect(),
             truncated: packet.has_flags(PacketFlag::TRUNCATION),
+            recursion: packet.has_flags(PacketFlag::RECURSION_AVAILABLE),
             bytes: bytes.to_vec(),
         }
     }
@@ -234,6 +237,7 @@ async fn names_of_the_internet_are_for_guests_with_nat_alone() {
     for (client, server) in [(WITHOUT, world.guests), (WITH_NAT, world.host)] {
         let reply = ask_udp(client, server, &message).await;
         assert_eq!(reply.code, RCODE::Refused);
+        assert!(!reply.recursion);
     }
     assert_eq!(resolver.asked(), ["good.example"]);
     // NAT that is turned off counts for the next query.
@@ -401,6 +405,7 @@ async fn without_any_help_the_client_is_told_so() {
         let world = World::with_resolvers(resolvers).await;
         let reply = world.ask(WITH_NAT, "good.example", TYPE::A).await;
         assert_eq!(reply.code, RCODE::ServerFailure);
+        assert!(reply.recursion);
         assert_eq!(world.stats().failed, 1);
         assert_eq!(world.stats().waiting, 0);
     }

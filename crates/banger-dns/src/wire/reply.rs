@@ -64,7 +64,7 @@ impl Why {
             Self::OnlyOwnNames => "banger: only names below .vm are answered here",
             Self::Kind => "banger: this kind of query is not answered",
             Self::Private => "banger: a public name that points into a private network",
-            Self::NoResolver => "banger: none of the host's resolvers answered",
+            Self::NoResolver => "banger: none of the host's resolvers could answer",
             Self::Busy => "banger: too many queries wait for the host's resolvers",
         }
     }
@@ -105,7 +105,15 @@ impl Reply {
         }
     }
 
-    /// Nothing but the news that the answer is too long.
+    /// A code with a reason, to a client that may ask for names of the internet.
+    pub(crate) fn recursive(code: Code, why: Why) -> Self {
+        Self {
+            recursion: true,
+            ..Self::because(code, why)
+        }
+    }
+
+    /// Nothing but the news that the answer is too long, to such a client.
     pub(crate) fn truncated() -> Self {
         Self {
             truncated: true,
