@@ -62,6 +62,8 @@ struct Shared {
     user_namespace: bool,
     /// The write end that is copied to clients; ours is closed at the first copy.
     handout: Mutex<Handout>,
+    /// Held while sockets at fixed places are made and handed out.
+    turns: Mutex<()>,
     /// Where the read end is found to open the write end again.
     pipe: String,
 }
@@ -115,6 +117,7 @@ impl Server {
                 namespace: Namespace::new(),
                 user_namespace,
                 handout: Mutex::new(Handout::Unclaimed(handout)),
+                turns: Mutex::new(()),
                 pipe: format!("/proc/self/fd/{}", keepalive.as_raw_fd()),
             }),
             keepalive,
@@ -228,11 +231,19 @@ impl Shared {
         while let Ok(Some((message, came_with))) =
             seqpacket::receive(connection, Some(Instant::now() + CLIENT_TIMEOUT))
         {
-            let (result, descriptors) = match self.answer(&message, came_with) {
+            // A place can be taken again only when our copy of the socket at it is closed as well.
+            let request = parse(&message);
+            let turn = matches!(request, Ok(NamespaceOp::DnsSockets))
+                .then(|| self.turns.lock().unwrap_or_else(PoisonError::into_inner));
+            let answer = request.and_then(|op| self.answer(op, came_with));
+            let (result, descriptors) = match answer {
                 Ok((answer, descriptors)) => (Ok(answer), descriptors),
                 Err(why) => (Err(why), Vec::new()),
             };
-            if reply(connection, result, &descriptors).is_err() {
+            let replied = reply(connection, result, &descriptors);
+            drop(descriptors);
+            drop(turn);
+            if replied.is_err() {
                 return;
             }
         }
@@ -240,12 +251,10 @@ impl Shared {
 
     fn answer(
         &self,
-        message: &[u8],
+        op: NamespaceOp,
         came_with: Vec<OwnedFd>,
     ) -> Result<(NamespaceAnswer, Vec<OwnedFd>), String> {
-        let request: NamespaceRequest = serde_json::from_slice(message)
-            .map_err(|error| format!("the request is not understood: {error}"))?;
-        match request.op {
+        match op {
             NamespaceOp::Hello => Ok((
                 NamespaceAnswer::Hello {
                     pid: rustix::process::getpid().as_raw_nonzero().get(),
@@ -317,6 +326,12 @@ impl Shared {
         }
         unclaimed
     }
+}
+
+fn parse(message: &[u8]) -> Result<NamespaceOp, String> {
+    serde_json::from_slice(message)
+        .map(|request: NamespaceRequest| request.op)
+        .map_err(|error| format!("the request is not understood: {error}"))
 }
 
 fn reply(

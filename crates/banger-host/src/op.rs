@@ -137,9 +137,9 @@ pub enum NamespaceOp {
         /// The addresses.
         addresses: Vec<Ipv4Addr>,
     },
-    /// Hand out new sockets for a DNS server, which do not block: for guests UDP, then listening TCP, at port 53 of the
-    /// bridge's address and bound to the bridge; if the veth is there, then the same two for the host at the address of
-    /// the veth's end. Answers [`NamespaceAnswer::DnsSockets`].
+    /// Hand out new sockets for a DNS server, which do not block, at port 53 of the bridge's address: for guests UDP,
+    /// then listening TCP, bound to the bridge; if the veth is there, then the same two for the host, bound to the
+    /// veth. Answers [`NamespaceAnswer::DnsSockets`].
     DnsSockets,
     /// Lead a port of the host into a guest that has a port. Comes with one descriptor: a bound UDP socket, or a
     /// listening TCP socket. One that is there already with the same target is left as it is.

@@ -4,6 +4,7 @@ use banger_helper::enter;
 use banger_helper::serve::Server;
 use banger_host::error_chain;
 use banger_host::net::keeper::Readiness;
+use rustix::process::Resource;
 use std::ffi::OsString;
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -57,6 +58,7 @@ fn parse(mut args: impl Iterator<Item = OsString>) -> Option<Task> {
 fn keep(socket: &std::path::Path, user_namespace: bool) -> ExitCode {
     // Already a leader of its own when a shell started it; that is as good.
     let _ = rustix::process::setsid();
+    allow_many_descriptors();
     let server = match enter::enter(user_namespace) {
         Ok(()) => Server::listen(socket, user_namespace).map_err(|error| error_chain(&error)),
         Err(error) => Err(error_chain(&error)),
@@ -81,6 +83,13 @@ fn keep(socket: &std::path::Path, user_namespace: bool) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Each connection through a published port takes two.
+fn allow_many_descriptors() {
+    let mut limit = rustix::process::getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    let _ = rustix::process::setrlimit(Resource::Nofile, limit);
 }
 
 fn say(readiness: &Readiness) {

@@ -24,7 +24,8 @@ pub struct DnsSocketError {
 pub(crate) fn open(pool: Pool, host: bool) -> Result<Vec<OwnedFd>, DnsSocketError> {
     let mut sockets = pair(pool.gateway(), BRIDGE)?;
     if host {
-        sockets.extend(pair(pool.uplink(), UPLINK)?);
+        // The same address, which the host has a route to; which socket hears is decided by the device.
+        sockets.extend(pair(pool.gateway(), UPLINK)?);
     }
     Ok(sockets)
 }

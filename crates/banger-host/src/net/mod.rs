@@ -9,6 +9,7 @@ pub mod links;
 pub mod namespace;
 pub mod nft;
 pub mod pasta;
+pub mod publish;
 pub mod routing;
 mod ruleset;
 pub mod seqpacket;

@@ -5,11 +5,12 @@ use super::dns_sockets::{self, DnsSocketError};
 use super::links::{Address, Link, Links, NetlinkError, Route, TABLE_MAIN};
 use super::nft::elements::{Set, decode_address, decode_pair, decode_port};
 use super::nft::{NftError, Rules, Shape};
+use super::publish::{Publications, PublishError};
 use super::ruleset::Ruleset;
 use super::tap::{self, TapError};
 use super::watch::Watch;
 use super::{conntrack, routing};
-use crate::op::{BRIDGE, NamespaceAnswer, NamespaceOp, Port, PortState, UPLINK};
+use crate::op::{BRIDGE, NamespaceAnswer, NamespaceOp, Port, PortState, Publication, UPLINK};
 use banger_core::addr::{Ipv4Net, Pool};
 use banger_core::id::MacAddress;
 use rustix::fd::OwnedFd;
@@ -71,6 +72,9 @@ pub enum NamespaceError {
     /// The sockets for the DNS server could not be made.
     #[error(transparent)]
     DnsSocket(#[from] DnsSocketError),
+    /// The port could not be published.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
     /// A kernel setting could not be made.
     #[error("cannot set `{}`", path.display())]
     Sysctl {
@@ -113,9 +117,14 @@ pub enum NamespaceError {
     /// A guest reaches itself anyway.
     #[error("{0} cannot be joined to itself")]
     JoinedToItself(Ipv4Addr),
-    /// This keeper does not know how.
-    #[error("`{0}` is not available yet")]
-    NotAvailable(&'static str),
+    /// A publication leads to a guest that is not behind its TAP.
+    #[error("`{}` is not the TAP of a running VM with the address {address}", tap.escape_debug())]
+    NotItsGuest {
+        /// The TAP.
+        tap: String,
+        /// The address.
+        address: Ipv4Addr,
+    },
     /// Something that the caller of [`Namespace::perform`] answers itself.
     #[error("`{0}` is not an operation on the network")]
     NotMine(&'static str),
@@ -135,6 +144,7 @@ pub fn is_tap_name(name: &str) -> bool {
 #[derive(Debug, Default)]
 pub struct Namespace {
     ruleset: Mutex<Ruleset>,
+    publications: Publications,
 }
 
 impl Namespace {
@@ -150,7 +160,7 @@ impl Namespace {
     pub fn perform(
         &self,
         op: &NamespaceOp,
-        _descriptors: Vec<OwnedFd>,
+        descriptors: Vec<OwnedFd>,
     ) -> Result<(NamespaceAnswer, Vec<OwnedFd>), NamespaceError> {
         if let NamespaceOp::Connect {
             address,
@@ -166,6 +176,7 @@ impl Namespace {
             links: Links::new(),
             rules: Rules::new(),
             ruleset: self.ruleset(),
+            publications: &self.publications,
         };
         let answer = match op {
             NamespaceOp::EnsureBase { pool } => network.ensure_base(*pool)?,
@@ -184,9 +195,14 @@ impl Namespace {
                 dropped: network.rules.counters()?,
                 repairs: network.ruleset.repairs(),
             },
-            NamespaceOp::Publish(_)
-            | NamespaceOp::Unpublish { .. }
-            | NamespaceOp::ListPublished => return Err(NamespaceError::NotAvailable(op.name())),
+            NamespaceOp::Publish(publication) => network.publish(publication, descriptors)?,
+            NamespaceOp::Unpublish { protocol, listen } => {
+                self.publications.unpublish(*protocol, *listen);
+                NamespaceAnswer::Done
+            }
+            NamespaceOp::ListPublished => NamespaceAnswer::Published {
+                publications: self.publications.list(),
+            },
             NamespaceOp::Hello
             | NamespaceOp::Keepalive
             | NamespaceOp::Namespaces
@@ -223,6 +239,7 @@ struct Network<'a> {
     links: Links,
     rules: Rules,
     ruleset: MutexGuard<'a, Ruleset>,
+    publications: &'a Publications,
 }
 
 impl Network<'_> {
@@ -333,6 +350,7 @@ impl Network<'_> {
         self.ruleset
             .change(&mut self.rules, |elements| elements.set_port(port))?;
         if let Some(before) = before.filter(|before| before.address != port.address) {
+            self.publications.end_of(&port.tap);
             self.links.remove_neighbour(bridge.index, before.address)?;
         }
         if tap.master != Some(bridge.index) {
@@ -354,6 +372,7 @@ impl Network<'_> {
         if !is_tap_name(tap) {
             return Err(NamespaceError::BadTapName(tap.to_owned()));
         }
+        self.publications.end_of(tap);
         let link = self.links.delete(tap);
         let port = self.ruleset.elements().ports.get(tap).cloned();
         let elements = self
@@ -446,6 +465,21 @@ impl Network<'_> {
         let pairs = keys.iter().filter_map(|key| decode_pair(key));
         let joins = pairs.filter(|(one, other)| one < other).collect();
         Ok(NamespaceAnswer::Joins { joins })
+    }
+
+    fn publish(
+        &mut self,
+        publication: &Publication,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<NamespaceAnswer, NamespaceError> {
+        let (tap, address) = (&publication.tap, *publication.guest.ip());
+        let port = self.ruleset.elements().ports.get(tap);
+        if port.is_none_or(|port| port.address != address) {
+            let tap = tap.clone();
+            return Err(NamespaceError::NotItsGuest { tap, address });
+        }
+        self.publications.publish(publication, descriptors)?;
+        Ok(NamespaceAnswer::Done)
     }
 
     fn dns_sockets(&mut self) -> Result<(NamespaceAnswer, Vec<OwnedFd>), NamespaceError> {

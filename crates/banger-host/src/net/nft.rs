@@ -320,10 +320,9 @@ fn script(shape: Shape, elements: &Elements) -> String {
     let Shape { pool, masquerade } = shape;
     let masquerade = if masquerade { MASQUERADE } else { "" };
     format!(
-        "define host_address = {}\ndefine uplink_address = {}\ndefine gateway = {}\ndefine guests = {}\n\
+        "define host_address = {}\ndefine gateway = {}\ndefine guests = {}\n\
          {RULES}{masquerade}{}",
         pool.host(),
-        pool.uplink(),
         pool.gateway(),
         pool.guests(),
         elements.script()
