@@ -222,7 +222,7 @@ impl Instance {
         Ipv4Addr::new(a, b, c, 2)
     }
 
-    fn configure(&self) {
+    pub(crate) fn configure(&self) {
         let (guest, uplink, host) = (self.guest(), self.pool.uplink(), self.pool.host());
         inside(&self.namespace, || {
             sh(&format!(

@@ -106,8 +106,24 @@ impl HelperClient {
     ) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
         let connection = seqpacket::socket()?;
         rustix::net::connect(&connection, &self.place.address()?)?;
-        seqpacket::send(&connection, message, descriptors)?;
-        seqpacket::receive(&connection, Some(Instant::now() + REQUEST_TIMEOUT))?
-            .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+        // A helper that turns its clients away says so and hangs up, before it has read anything.
+        let sent = seqpacket::send(&connection, message, descriptors);
+        if !matches!(&sent, Err(error) if is_hung_up(error)) {
+            sent?;
+        }
+        let deadline = Some(Instant::now() + REQUEST_TIMEOUT);
+        let received = match seqpacket::receive(&connection, deadline) {
+            // The kernel tells of this first, and then hands out what was said.
+            Err(error) if is_hung_up(&error) => seqpacket::receive(&connection, deadline),
+            received => received,
+        };
+        received?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     }
+}
+
+fn is_hung_up(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
 }
