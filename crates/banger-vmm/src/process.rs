@@ -94,6 +94,27 @@ pub fn kill_holder(pid: i32, lock: &Path, signal: Signal) -> Result<(), KillErro
     rustix::process::pidfd_send_signal(&pidfd, signal).map_err(|error| failed(error.into()))
 }
 
+/// The signal that asks process `pid` to end: SIGTERM, but SIGKILL where it has no handler for that. SIGTERM would then
+/// only have killed it, and as the first process of a pid namespace it would be spared even that.
+pub fn ending_signal(pid: i32) -> Signal {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    if leaves_to_default(&status, Signal::TERM) {
+        Signal::KILL
+    } else {
+        Signal::TERM
+    }
+}
+
+/// Whether a process with this `/proc/<pid>/status` neither handles nor ignores `signal`.
+fn leaves_to_default(status: &str, signal: Signal) -> bool {
+    let has = |field: &str| {
+        let mask = status.lines().find_map(|line| line.strip_prefix(field));
+        let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+        mask.map(|mask| mask >> (signal.as_raw() - 1) & 1 == 1)
+    };
+    has("SigCgt:") == Some(false) && has("SigIgn:") == Some(false)
+}
+
 /// Waits until one of the processes has ended, at most for `limit`. Tells whether one has.
 pub fn wait_any(pidfds: &[OwnedFd], limit: Duration) -> io::Result<bool> {
     let mut polled: Vec<PollFd<'_>> = pidfds
@@ -130,6 +151,29 @@ mod tests {
             kill_holder(own, &lock, Signal::KILL),
             Err(KillError::NotHolder { .. })
         ));
+    }
+
+    #[test]
+    fn sigterm_is_for_those_that_do_something_about_it() {
+        let status = |caught: &str, ignored: &str| {
+            format!(
+                "Name:\tvmm\nSigBlk:\t0000000000004000\nSigIgn:\t{ignored}\nSigCgt:\t{caught}\n"
+            )
+        };
+        let none = "0000000000000000";
+        let term = "0000000000004002";
+        for (status, expected) in [
+            (status(none, none), true),
+            (status(term, none), false),
+            (status(none, term), false),
+            (String::new(), false),
+        ] {
+            assert_eq!(
+                leaves_to_default(&status, Signal::TERM),
+                expected,
+                "{status}"
+            );
+        }
     }
 
     #[test]

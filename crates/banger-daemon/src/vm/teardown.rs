@@ -8,7 +8,7 @@ use crate::storage::{self, Owner};
 use crate::world::World;
 use banger_core::id::VmId;
 use banger_vmm::lock::{LockError, Locked, holders, try_lock, wait_free};
-use banger_vmm::process::kill_holder;
+use banger_vmm::process::{ending_signal, kill_holder};
 use rustix::process::Signal;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 /// How long killed processes may take to be gone.
 const DEATH: Duration = Duration::from_secs(10);
 
-/// Ends every process that holds the VM's lock: SIGTERM, at most `grace` to follow it, then SIGKILL. Answers the
+/// Ends every process that holds the VM's lock: SIGTERM where that is heard, at most `grace` to follow it, then SIGKILL. Answers the
 /// lock, taken. Blocks.
 pub(crate) fn end_processes(lock: &Path, grace: Duration) -> Result<Locked, LockError> {
     let free = try_lock(lock);
@@ -24,22 +24,22 @@ pub(crate) fn end_processes(lock: &Path, grace: Duration) -> Result<Locked, Lock
         return free;
     }
     if !grace.is_zero() {
-        signal_all(lock, Signal::TERM);
+        signal_all(lock, ending_signal);
         let freed = wait_free(lock, Instant::now() + grace);
         if !matches!(freed, Err(LockError::Held(_))) {
             return freed;
         }
     }
-    signal_all(lock, Signal::KILL);
+    signal_all(lock, |_| Signal::KILL);
     // A process that was stopped dies all the same; one in the middle of I/O may take a while.
     wait_free(lock, Instant::now() + DEATH)
 }
 
-fn signal_all(lock: &Path, signal: Signal) {
+fn signal_all(lock: &Path, signal: impl Fn(i32) -> Signal) {
     match holders(lock) {
         Ok(pids) => {
             for pid in pids {
-                if let Err(error) = kill_holder(pid, lock, signal) {
+                if let Err(error) = kill_holder(pid, lock, signal(pid)) {
                     tracing::debug!(pid, %error, "a holder of the lock went away by itself");
                 }
             }

@@ -13,8 +13,9 @@ use std::process::{Child, Stdio};
 struct Keeper(Child);
 
 impl Keeper {
-    /// Makes a network namespace, and a user namespace around it if `user`. None, with the reason told, if it cannot.
-    fn new(test: &str, user: bool) -> Option<Self> {
+    /// Makes a network namespace, and a user namespace around it if `user`, in which it runs `first`. None, with the
+    /// reason told, if it cannot.
+    fn new(test: &str, user: bool, first: &str) -> Option<Self> {
         #[expect(
             clippy::disallowed_methods,
             reason = "tests make namespaces of their own"
@@ -24,7 +25,8 @@ impl Keeper {
             command.args(["--user", "--map-root-user"]);
         }
         let mut child = command
-            .args(["--net", "sh", "-c", "echo there; exec sleep 600"])
+            .args(["--net", "sh", "-ec"])
+            .arg(format!("{first}\necho there\nexec sleep 600"))
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
@@ -76,7 +78,7 @@ fn start(vm: &mut Vm, keeper: &Keeper, user: bool) -> (i32, Vec<Applied>) {
 }
 
 fn tries(test: &str, user: bool) {
-    let Some(keeper) = Keeper::new(test, user) else {
+    let Some(keeper) = Keeper::new(test, user, "") else {
         return;
     };
     let mut vm = Vm::new("");
@@ -172,6 +174,40 @@ fn a_vmm_that_was_taken_over_reaches_nothing_but_its_own_files() {
 #[test]
 fn nor_does_it_in_the_user_namespace_of_an_instance() {
     tries("nor_does_it_in_the_user_namespace_of_an_instance", true);
+}
+
+#[test]
+fn a_layer_that_the_host_refuses_is_left_out_and_told_and_the_others_hold() {
+    let test = "a_layer_that_the_host_refuses_is_left_out_and_told_and_the_others_hold";
+    let limits = "cd /proc/sys/user; echo 0 >max_mnt_namespaces; echo 0 >max_pid_namespaces";
+    let Some(keeper) = Keeper::new(test, true, limits) else {
+        return;
+    };
+    let mut vm = Vm::new(r#"{"try": [["read", "/etc/passwd"], ["write", "/dev/null"]]}"#);
+    let (_, applied) = start(&mut vm, &keeper, true);
+    vm.connect_ready();
+    vm.wait_console("fake login:");
+    let missing: Vec<Layer> = applied
+        .iter()
+        .filter(|applied| applied.missing.is_some())
+        .map(|applied| applied.layer)
+        .collect();
+    if missing.contains(&Layer::Landlock) {
+        eprintln!("SKIPPED: {test}: this kernel has no Landlock");
+        return;
+    }
+    assert_eq!(missing, [Layer::Pid, Layer::Mount], "{applied:?}");
+    let console = vm.console();
+    assert!(
+        console.contains("tried to read /etc/passwd: Permission denied"),
+        "{console}"
+    );
+    assert!(
+        console.contains("tried to write /dev/null: done"),
+        "{console}"
+    );
+    let log = std::fs::read_to_string(vm.path("vmm.log")).unwrap();
+    assert!(log.contains("without the sandbox's layer `mount`"), "{log}");
 }
 
 /// A script runs who knows what, so it keeps the host's files in view, and this is told.

@@ -440,13 +440,8 @@ impl Machine {
             .map_err(|error| format!("cannot signal the VMM: {error}"))
     }
 
-    /// Asks the VMM to end. Firecracker has no handler for SIGTERM, so the signal only kills it; and as the first
-    /// process of a pid namespace it would be spared even that.
     fn terminate(&self) -> Result<(), String> {
-        self.signal(match self.launch.control {
-            Control::Qemu { .. } => Signal::TERM,
-            Control::Firecracker { .. } => Signal::KILL,
-        })
+        self.signal(process::ending_signal(self.vmm_pid()))
     }
 
     fn obey(&mut self, client: u64, command: Command) {
