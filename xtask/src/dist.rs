@@ -86,14 +86,14 @@ fn gather(profile: Profile) -> Result<PathBuf> {
 /// Puts a copy of `from` at `to`, unless it is there already. The copy replaces `to` by a rename, so that a program
 /// that runs from there goes on unharmed, and an unchanged one stays the very same file.
 pub(crate) fn place(from: &Path, to: &Path, mode: u32) -> Result<()> {
-    let cannot = || {
-        Failure::io(format!(
-            "cannot copy `{}` to `{}`",
-            from.display(),
-            to.display()
-        ))
-    };
-    let bytes = std::fs::read(from).map_err(cannot())?;
+    let bytes =
+        std::fs::read(from).map_err(Failure::io(format!("cannot read `{}`", from.display())))?;
+    write(to, &bytes, mode)
+}
+
+/// As [`place`], with what the file is to hold.
+pub(crate) fn write(to: &Path, bytes: &[u8], mode: u32) -> Result<()> {
+    let cannot = || Failure::io(format!("cannot write `{}`", to.display()));
     if std::fs::read(to).is_ok_and(|old| old == bytes) {
         return Ok(());
     }

@@ -1,6 +1,7 @@
 //! Puts the programs where the system looks for them, and takes them away.
 
-use crate::dist::{Profile, place};
+use crate::command::{command, run};
+use crate::dist::{Profile, place, write};
 use crate::failure::{Failure, Result};
 use crate::layout::{PROGRAMS, root};
 use std::path::{Path, PathBuf};
@@ -10,6 +11,13 @@ const UDEV_RULES: (&str, &str) = (
     "crates/banger-host/src/storage/60-banger.rules",
     "lib/udev/rules.d/60-banger.rules",
 );
+
+/// The units of the root helper, from the checkout to below the prefix. They say where programs are.
+const UNITS: [&str; 2] = ["banger-helper.socket", "banger-helper.service"];
+const UNITS_FROM: &str = "crates/banger-helper/units";
+const UNITS_TO: &str = "lib/systemd/system";
+/// Prefixes below which systemd looks for units.
+const SEARCHED: [&str; 2] = ["/usr", "/usr/local"];
 
 /// Where each program goes below `prefix`: the command into `bin`, what it starts into `libexec/banger`.
 fn places(prefix: &Path) -> Vec<(&'static str, PathBuf)> {
@@ -57,16 +65,57 @@ pub(crate) fn install(prefix: &str) -> Result<()> {
     let to = destination(prefix)?.join(to);
     place(&root().join(from), &to, 0o644)?;
     println!("{}", to.display());
+    install_units(prefix, &destination(prefix)?)?;
+    if is_live(prefix) {
+        systemctl(&["daemon-reload"])?;
+        systemctl(&["enable", "--now", UNITS[0]])?;
+        // One that watches over instances goes on as the new program; it remembers all that it needs.
+        systemctl(&["try-restart", UNITS[1]])?;
+        println!("banger-helper serves at /run/banger-helper.sock");
+    }
     Ok(())
 }
 
+/// Puts the units below `to`, with the programs' place as it will be once `to` is `prefix`.
+fn install_units(prefix: &str, to: &Path) -> Result<()> {
+    for unit in UNITS {
+        let from = root().join(UNITS_FROM).join(unit);
+        let to = to.join(UNITS_TO).join(unit);
+        let text = std::fs::read_to_string(&from)
+            .map_err(Failure::io(format!("cannot read `{}`", from.display())))?;
+        let libexec = Path::new(prefix).join("libexec/banger");
+        let text = text.replace("@LIBEXEC@", &libexec.display().to_string());
+        write(&to, text.as_bytes(), 0o644)?;
+        println!("{}", to.display());
+    }
+    Ok(())
+}
+
+/// Whether what is installed is what the running systemd sees: no package is built, and it looks there.
+fn is_live(prefix: &str) -> bool {
+    let destdir = std::env::var_os("DESTDIR").is_some_and(|destdir| !destdir.is_empty());
+    !destdir
+        && SEARCHED.contains(&prefix.trim_end_matches('/'))
+        && Path::new("/run/systemd/system").is_dir()
+}
+
+fn systemctl(args: &[&str]) -> Result<()> {
+    run(command("systemctl").args(args))
+}
+
 pub(crate) fn uninstall(prefix: &str) -> Result<()> {
+    let live = is_live(prefix);
     let prefix = destination(prefix)?;
     let rules = prefix.join(UDEV_RULES.1);
+    let units = UNITS.map(|unit| prefix.join(UNITS_TO).join(unit));
+    if live && units[0].exists() {
+        systemctl(&["disable", "--now", UNITS[0], UNITS[1]])?;
+    }
     for path in places(&prefix)
         .into_iter()
         .map(|(_, path)| path)
         .chain([rules])
+        .chain(units)
     {
         match std::fs::remove_file(&path) {
             Ok(()) => println!("removed {}", path.display()),
@@ -80,6 +129,9 @@ pub(crate) fn uninstall(prefix: &str) -> Result<()> {
     }
     // Somebody else's files may be in it; then it stays.
     let _ = std::fs::remove_dir(prefix.join("libexec/banger"));
+    if live {
+        systemctl(&["daemon-reload"])?;
+    }
     Ok(())
 }
 
@@ -98,6 +150,18 @@ mod tests {
             Path::new("/tmp/pkg/usr")
         );
         assert!(below_destdir("usr", None).is_err());
+    }
+
+    #[test]
+    fn the_units_name_the_program_where_it_will_be_and_nothing_is_left_to_fill_in() {
+        let folder = tempfile::tempdir().unwrap();
+        install_units("/usr/local", &folder.path().join("usr/local")).unwrap();
+        let units = folder.path().join("usr/local/lib/systemd/system");
+        let read = |unit: &str| std::fs::read_to_string(units.join(unit)).unwrap();
+        let service = read("banger-helper.service");
+        assert!(service.contains("ExecStart=/usr/local/libexec/banger/banger-helper\n"));
+        assert!(read("banger-helper.socket").contains("=/run/banger-helper.sock\n"));
+        assert!(UNITS.iter().all(|unit| !read(unit).contains('@')));
     }
 
     #[test]

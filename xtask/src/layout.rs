@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 /// The programs that make up banger, in the order they are named everywhere.
-pub(crate) const PROGRAMS: [Program; 5] = [
+pub(crate) const PROGRAMS: [Program; 6] = [
     Program::new("banger", false),
     Program::new("bangerd", false),
     Program::new("banger-netns", false),
+    Program::new("banger-helper", false),
     Program::new("banger-shim", true),
     Program::new("banger-init", true),
 ];
