@@ -14,7 +14,7 @@ use crate::operations::Operations;
 use crate::record::VmRecord;
 use crate::registry::Registry;
 use crate::server::{self, App};
-use crate::storage::StorageHost;
+use crate::storage::{StorageHost, watermark};
 use crate::store::{Opened, Store};
 use crate::vm::actor::{self, Found};
 use crate::vm::files::make_folder;
@@ -350,6 +350,7 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
         let _ = looked.await;
     }
     remove_foreign_ports(&world, &registry).await;
+    tokio::spawn(watermark::watch(Arc::clone(&world), Arc::clone(&registry)));
     Ok(App { world, registry })
 }
 

@@ -86,6 +86,14 @@ pub struct Capabilities {
     pub vsock: bool,
 }
 
+/// What a driver can do, which needs none of its programs.
+pub const fn capabilities(driver: Driver) -> Capabilities {
+    match driver {
+        Driver::Firecracker => crate::firecracker::config::CAPABILITIES,
+        Driver::Qemu => crate::qemu::args::CAPABILITIES,
+    }
+}
+
 /// The recipe for one exec of a VMM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {

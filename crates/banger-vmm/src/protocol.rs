@@ -157,7 +157,7 @@ pub struct Status {
     pub driver: Driver,
     /// The vCPUs are paused.
     pub paused: bool,
-    /// They were paused by the VMM, because a disk of the host is full.
+    /// They were paused, by the VMM or by [`Verb::PauseForRoom`], because the host has no room.
     pub disk_full: bool,
     /// The guest said ready.
     pub ready: bool,
@@ -190,6 +190,8 @@ pub enum Verb {
     Shutdown,
     /// Pause the vCPUs.
     Pause,
+    /// Pause the vCPUs because the host has no room: [`Status::disk_full`] is then true.
+    PauseForRoom,
     /// Let them run on.
     Resume,
     /// Send the VMM SIGTERM.
@@ -308,6 +310,7 @@ mod tests {
             (Verb::Ping, "ping"),
             (Verb::Shutdown, "shutdown"),
             (Verb::Pause, "pause"),
+            (Verb::PauseForRoom, "pause-for-room"),
             (Verb::Resume, "resume"),
             (Verb::Terminate, "terminate"),
             (Verb::Kill, "kill"),

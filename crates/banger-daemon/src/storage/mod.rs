@@ -10,11 +10,13 @@ mod facts;
 mod overlay;
 mod reflink;
 mod snapshot;
+pub(crate) mod watermark;
 
 #[cfg(test)]
 mod tests;
 
 pub(crate) use facts::StorageFacts;
+pub(crate) use snapshot::{Tended, tend};
 
 use crate::images::build_error;
 use crate::record::VmRecord;

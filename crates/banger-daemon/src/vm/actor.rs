@@ -8,6 +8,7 @@ use super::{Answer, Ask, AttemptFile, Handle, INBOX, Message, View};
 use crate::convert;
 use crate::images::store_error;
 use crate::record::VmRecord;
+use crate::storage::watermark;
 use crate::world::World;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::event::EventKind;
@@ -404,16 +405,26 @@ impl Actor {
                 self.kill(Intent::Kill).await;
             }
             Action::Pause => {
-                let done = self.command(Verb::Pause).await;
-                self.paused(
-                    done,
-                    Phase::Paused {
-                        by: PausedBy::Person,
-                    },
-                    reply,
-                );
+                let (verb, by) = if ask.for_room {
+                    (Verb::PauseForRoom, PausedBy::FullDisk)
+                } else {
+                    (Verb::Pause, PausedBy::Person)
+                };
+                let done = self.command(verb).await;
+                self.paused(done, Phase::Paused { by }, reply);
             }
             Action::Resume => {
+                let by_full_disk = watermark::is_paused_for_room(&self.view.borrow().phase);
+                if ask.for_room && !by_full_disk {
+                    // A person paused it meanwhile.
+                    return self.answer(reply);
+                }
+                if by_full_disk
+                    && !ask.for_room
+                    && let Err(error) = watermark::has_room(&self.world, &self.record.name)
+                {
+                    return answer_to(reply, Err(error));
+                }
                 let done = self.command(Verb::Resume).await;
                 let ready = self.is_ready();
                 self.paused(

@@ -60,6 +60,9 @@ pub(crate) struct Ask {
     pub(crate) generation: Option<u64>,
     /// For [`Request::Delete`]: remove record and files for ever.
     pub(crate) purge: bool,
+    /// For [`Request::Pause`] and [`Request::Resume`]: asked by the daemon, because the host has no room, or has it
+    /// again.
+    pub(crate) for_room: bool,
 }
 
 impl Ask {
@@ -73,6 +76,7 @@ impl Ask {
             patch: VmSpecPatch::default(),
             generation: None,
             purge: false,
+            for_room: false,
         }
     }
 }

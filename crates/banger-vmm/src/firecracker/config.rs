@@ -26,6 +26,17 @@ pub const KERNEL_COMMAND_LINE: &str =
     "console=ttyS0 reboot=k panic=-1 quiet loglevel=3 cryptomgr.notests";
 const MAX_VCPUS: u32 = 32;
 
+/// What it can do.
+pub(crate) const CAPABILITIES: Capabilities = Capabilities {
+    pause: true,
+    graceful_stop: true,
+    snapshot: false,
+    emulation: false,
+    pause_on_full_disk: false,
+    ends_on_poweroff: false,
+    vsock: true,
+};
+
 /// The Firecracker driver.
 #[derive(Debug, Clone)]
 pub struct Firecracker {
@@ -106,15 +117,7 @@ impl Vmm for Firecracker {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            pause: true,
-            graceful_stop: true,
-            snapshot: false,
-            emulation: false,
-            pause_on_full_disk: false,
-            ends_on_poweroff: false,
-            vsock: true,
-        }
+        CAPABILITIES
     }
 
     fn plan(&self, machine: &MachineConfig) -> Result<Plan, PlanError> {

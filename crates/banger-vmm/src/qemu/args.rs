@@ -43,6 +43,17 @@ pub fn find_firmware() -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
+/// What it can do.
+pub(crate) const CAPABILITIES: Capabilities = Capabilities {
+    pause: true,
+    graceful_stop: true,
+    snapshot: false,
+    emulation: true,
+    pause_on_full_disk: true,
+    ends_on_poweroff: true,
+    vsock: false,
+};
+
 /// The QEMU driver.
 #[derive(Debug, Clone)]
 pub struct Qemu {
@@ -69,15 +80,7 @@ impl Vmm for Qemu {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities {
-            pause: true,
-            graceful_stop: true,
-            snapshot: false,
-            emulation: true,
-            pause_on_full_disk: true,
-            ends_on_poweroff: true,
-            vsock: false,
-        }
+        CAPABILITIES
     }
 
     fn plan(&self, machine: &MachineConfig) -> Result<Plan, PlanError> {

@@ -452,7 +452,15 @@ impl Machine {
         let outcome = match command.verb {
             Verb::Ping => Some(Ok(())),
             Verb::Shutdown => self.shut_down(ticket),
-            Verb::Pause => self.ask(Ask::Pause, ticket),
+            Verb::Pause => {
+                // Unless it is paused already, this pause is not for want of room.
+                self.out_of_space &= self.paused;
+                self.ask(Ask::Pause, ticket)
+            }
+            Verb::PauseForRoom => {
+                self.out_of_space = true;
+                self.ask(Ask::Pause, ticket)
+            }
             Verb::Resume => self.ask(Ask::Resume, ticket),
             Verb::Terminate | Verb::Kill => {
                 self.guest.ended = true;

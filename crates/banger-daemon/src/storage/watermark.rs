@@ -1,0 +1,377 @@
+//! No guest takes the host's filesystem to zero: who grows on it is paused before a write is lost, and goes on when
+//! there is room. Nobody tells of a filling filesystem, so it is asked, as often as the headroom makes necessary, and
+//! only while a VM runs.
+
+use super::{Layer, Tended, tend};
+use crate::registry::Registry;
+use crate::vm::actor::note;
+use crate::vm::files::VmFiles;
+use crate::vm::{Ask, Handle, View};
+use crate::world::World;
+use banger_api::error::{ErrorBody, ErrorCode};
+use banger_api::event::EventKind;
+use banger_core::decide::Request;
+use banger_core::id::VmId;
+use banger_core::name::VmName;
+use banger_core::phase::{PausedBy, Phase};
+use banger_core::spec::Storage;
+use banger_core::watermark::{UNLIMITED_WRITES, Verdict, filesystem, pause_at};
+use banger_host::storage::{Space, allocated, space};
+use banger_vmm::driver::capabilities;
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::broadcast;
+
+/// A VM that went on is not let go on again before this: what stops it may be a quota that we cannot see.
+const GOES_ON_EVERY: Duration = Duration::from_secs(5);
+/// How soon a filesystem that could not be measured is measured again.
+const AGAIN: Duration = Duration::from_secs(5);
+
+/// Watches until the daemon goes down.
+pub(crate) async fn watch(world: Arc<World>, registry: Arc<Registry>) {
+    let (_, mut events) = world.hub.follow(None);
+    let mut down = world.shutdown.subscribe();
+    let mut known = HashMap::new();
+    loop {
+        let next = look(&world, &registry, &mut known).await;
+        tokio::select! {
+            () = after(next) => {}
+            () = vm_changed(&mut events) => {}
+            _ = down.wait_for(|down| *down) => return,
+        }
+    }
+}
+
+async fn after(next: Option<Duration>) {
+    match next {
+        Some(next) => tokio::time::sleep(next).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Resolves when a VM is not what it was.
+async fn vm_changed(events: &mut broadcast::Receiver<banger_api::event::Event>) {
+    loop {
+        match events.recv().await {
+            Ok(event) if !matches!(event.kind, EventKind::VmChanged { .. }) => {}
+            Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => return,
+            // The hub lives as long as the daemon.
+            Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
+        }
+    }
+}
+
+/// What is remembered of a running VM from one look to the next.
+#[derive(Debug, Default)]
+struct Known {
+    /// What it had taken of the host, by then.
+    taken: Option<u64>,
+    went_on: Option<Instant>,
+    /// When its snapshot must be tended again.
+    tend_at: Option<Instant>,
+    /// Its copy-on-write file cannot grow.
+    cramped: bool,
+    /// Its snapshot cannot be tended, which has been told.
+    told: bool,
+}
+
+/// Looks at everything once. Gives the time to the next look, if a VM runs.
+async fn look(
+    world: &Arc<World>,
+    registry: &Registry,
+    known: &mut HashMap<VmId, Known>,
+) -> Option<Duration> {
+    let live: Vec<(Handle, View)> = registry
+        .list(false)
+        .into_iter()
+        .map(|handle| (handle.clone(), handle.latest()))
+        .filter(|(_, view)| is_watched(&view.phase))
+        .collect();
+    known.retain(|id, _| live.iter().any(|(handle, _)| handle.id == *id));
+    if live.is_empty() {
+        return None;
+    }
+    let folder = world.paths.vms();
+    let Ok(Ok(room)) = tokio::task::spawn_blocking(move || space(&folder)).await else {
+        tracing::warn!("the filesystem of the VMs cannot be measured");
+        return Some(AGAIN);
+    };
+    let paused = live.iter().any(|(_, view)| is_paused_for_room(&view.phase));
+    let mark = filesystem(room.available, room.total, UNLIMITED_WRITES, paused);
+    let mut next = Duration::from_millis(mark.next_check_ms);
+    for (handle, view) in live {
+        let known = known.entry(handle.id).or_default();
+        if view.record.spec.storage == Storage::Snapshot {
+            next = next.min(tend_in_time(world, &view, known).await);
+        }
+        let files = VmFiles::of(&world.paths, handle.id);
+        let (record, pid) = (
+            Arc::clone(&view.record),
+            view.attempt.as_ref().and_then(|attempt| attempt.vmm_pid),
+        );
+        let taken = tokio::task::spawn_blocking(move || {
+            taken(&files, record.spec.storage == Storage::Reflink, pid)
+        });
+        let taken = taken.await.unwrap_or_default();
+        let grew = known.taken.is_some_and(|before| taken > before);
+        known.taken = Some(taken);
+        let is = Is {
+            grew,
+            cramped: known.cramped,
+            pauses_itself: pauses_itself(&view),
+        };
+        match intent(&view.phase, mark.verdict, is) {
+            Intent::Nothing => {}
+            Intent::Pause => pause(world, &handle, room, known.cramped).await,
+            Intent::GoOn if known.went_on.is_some_and(|at| at.elapsed() < GOES_ON_EVERY) => {
+                next = next.min(GOES_ON_EVERY);
+            }
+            Intent::GoOn => {
+                known.went_on = Some(Instant::now());
+                // Written while it was paused for another reason; it is measured anew.
+                known.taken = None;
+                go_on(world, &handle).await;
+            }
+        }
+    }
+    Some(next)
+}
+
+fn is_watched(phase: &Phase) -> bool {
+    match phase {
+        Phase::Running { reachable, .. } => *reachable,
+        Phase::Paused { by } => *by == PausedBy::FullDisk,
+        Phase::Stopping { .. } => true,
+        Phase::Stopped { .. } | Phase::Starting { .. } => false,
+    }
+}
+
+/// Whether a VM that was paused for room may go on.
+///
+/// # Errors
+/// The host's filesystem is still too full.
+pub(crate) fn has_room(world: &World, name: &VmName) -> Result<(), ErrorBody> {
+    let folder = world.paths.vms();
+    let Ok(room) = space(&folder) else {
+        // What cannot be measured stops nobody; the VM is paused again if it must be.
+        return Ok(());
+    };
+    match filesystem(room.available, room.total, UNLIMITED_WRITES, true).verdict {
+        Verdict::Ok => Ok(()),
+        Verdict::Hold | Verdict::PauseGrowing | Verdict::PauseAll => Err(ErrorBody::new(
+            ErrorCode::NoSpace,
+            format!(
+                "`{name}` was paused because the host is full: `{}` has {} MiB free",
+                folder.display(),
+                room.available >> 20
+            ),
+        )
+        .hint(format!(
+            "free {} MiB and it goes on by itself",
+            (pause_at(room.total) * 2).saturating_sub(room.available) >> 20
+        ))),
+    }
+}
+
+pub(crate) fn is_paused_for_room(phase: &Phase) -> bool {
+    matches!(
+        phase,
+        Phase::Paused {
+            by: PausedBy::FullDisk
+        }
+    )
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Intent {
+    Nothing,
+    Pause,
+    GoOn,
+}
+
+/// How a VM is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Is {
+    /// It has taken room since the last look.
+    grew: bool,
+    /// Its copy-on-write file cannot grow.
+    cramped: bool,
+    /// Its VMM pauses it when a write finds no room, and loses none.
+    pauses_itself: bool,
+}
+
+/// What is to be done about one VM.
+fn intent(phase: &Phase, verdict: Verdict, is: Is) -> Intent {
+    match (phase, verdict) {
+        // One that stops is let write its last: below the mark there is room kept for that.
+        (Phase::Running { .. }, _) if is.cramped => Intent::Pause,
+        // One that writes nothing, and would lose nothing if it did, can still be stopped in order.
+        (Phase::Running { .. }, Verdict::PauseAll) if is.grew || !is.pauses_itself => Intent::Pause,
+        (Phase::Running { .. }, Verdict::PauseGrowing) if is.grew => Intent::Pause,
+        (phase, Verdict::Ok) if is_paused_for_room(phase) && !is.cramped => Intent::GoOn,
+        _ => Intent::Nothing,
+    }
+}
+
+fn pauses_itself(view: &View) -> bool {
+    let driver = view.attempt.as_ref().map(|attempt| attempt.driver);
+    driver.is_some_and(|driver| capabilities(driver).pause_on_full_disk)
+}
+
+/// What a VM has taken of the host. Writes to shared blocks take room that no file shows, so there the VMM's own count
+/// of what it wrote comes on top.
+fn taken(files: &VmFiles, shares_blocks: bool, vmm_pid: Option<i32>) -> u64 {
+    let file = |path: &Path| allocated(path).unwrap_or_default();
+    let written = vmm_pid
+        .filter(|_| shares_blocks)
+        .and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/io")).ok())
+        .and_then(|io| read_write_bytes(&io));
+    file(&files.overlay()) + file(&files.disk()) + written.unwrap_or_default()
+}
+
+fn read_write_bytes(io: &str) -> Option<u64> {
+    io.lines()
+        .find_map(|line| line.strip_prefix("write_bytes: "))?
+        .trim()
+        .parse()
+        .ok()
+}
+
+/// Tends a VM's snapshot if it is time. Gives the time until it must be done again.
+async fn tend_in_time(world: &Arc<World>, view: &View, known: &mut Known) -> Duration {
+    let now = Instant::now();
+    if let Some(at) = known.tend_at
+        && at > now
+    {
+        return at - now;
+    }
+    let record = Arc::clone(&view.record);
+    let shared = Arc::clone(world);
+    let tended = tokio::task::spawn_blocking(move || {
+        let files = VmFiles::of(&shared.paths, record.id);
+        tend(&Layer::of(&shared, &record, &files)?)
+    });
+    let next = match tended.await {
+        Ok(Ok(Tended {
+            next_check_ms,
+            must_pause,
+            grown_to,
+        })) => {
+            known.cramped = must_pause;
+            known.told = false;
+            if let Some(bytes) = grown_to {
+                let text = format!("its copy-on-write file has {} MiB now", bytes >> 20);
+                note(world, view.record.id, "storage", text, None);
+            }
+            Duration::from_millis(next_check_ms)
+        }
+        Ok(Err(error)) => {
+            if !known.told {
+                known.told = true;
+                tracing::error!(vm = %view.record.id, error = error.message, causes = ?error.causes, "a snapshot cannot be tended");
+                note(world, view.record.id, "storage", error.message, None);
+            }
+            AGAIN
+        }
+        Err(error) => {
+            tracing::error!(vm = %view.record.id, %error, "tending a snapshot panicked");
+            AGAIN
+        }
+    };
+    known.tend_at = Some(Instant::now() + next);
+    next
+}
+
+async fn pause(world: &World, handle: &Handle, room: Space, cramped: bool) {
+    let free = room.available >> 20;
+    let why = if cramped {
+        format!("paused: its copy-on-write file is full, and the host has {free} MiB free")
+    } else {
+        format!("paused: the host's filesystem has {free} MiB free")
+    };
+    tell(world, handle, Request::Pause, why).await;
+}
+
+async fn go_on(world: &World, handle: &Handle) {
+    let why = "goes on: the host has room again".to_owned();
+    tell(world, handle, Request::Resume, why).await;
+}
+
+async fn tell(world: &World, handle: &Handle, request: Request, why: String) {
+    let ask = Ask {
+        for_room: true,
+        ..Ask::new(request)
+    };
+    match handle.ask(ask).await {
+        Ok(_) => note(world, handle.id, "storage", why, None),
+        // It may have ended meanwhile.
+        Err(error) => {
+            tracing::warn!(vm = %handle.id, error = error.message, "a VM was not {}d for room", request.verb());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RUNNING: Phase = Phase::Running {
+        ready: true,
+        reachable: true,
+    };
+
+    const fn paused(by: PausedBy) -> Phase {
+        Phase::Paused { by }
+    }
+
+    const IDLE: Is = Is {
+        grew: false,
+        cramped: false,
+        pauses_itself: false,
+    };
+    const GROWS: Is = Is { grew: true, ..IDLE };
+    const CRAMPED: Is = Is {
+        cramped: true,
+        ..IDLE
+    };
+
+    #[test]
+    fn who_grows_is_paused_first_and_at_the_last_all_whose_writes_would_be_lost() {
+        let of = |verdict, is| intent(&RUNNING, verdict, is);
+        assert_eq!(of(Verdict::Ok, GROWS), Intent::Nothing);
+        assert_eq!(of(Verdict::PauseGrowing, IDLE), Intent::Nothing);
+        assert_eq!(of(Verdict::PauseGrowing, GROWS), Intent::Pause);
+        assert_eq!(of(Verdict::PauseAll, IDLE), Intent::Pause);
+        assert_eq!(of(Verdict::Hold, GROWS), Intent::Nothing);
+        let careful = Is {
+            pauses_itself: true,
+            ..IDLE
+        };
+        assert_eq!(of(Verdict::PauseAll, careful), Intent::Nothing);
+    }
+
+    #[test]
+    fn only_who_was_paused_for_room_goes_on_by_itself() {
+        let of = |by, verdict| intent(&paused(by), verdict, IDLE);
+        assert_eq!(of(PausedBy::FullDisk, Verdict::Ok), Intent::GoOn);
+        assert_eq!(of(PausedBy::FullDisk, Verdict::Hold), Intent::Nothing);
+        assert_eq!(of(PausedBy::FullDisk, Verdict::PauseAll), Intent::Nothing);
+        assert_eq!(of(PausedBy::Person, Verdict::Ok), Intent::Nothing);
+    }
+
+    #[test]
+    fn a_copy_on_write_file_that_cannot_grow_pauses_its_vm_whatever_the_filesystem_says() {
+        assert_eq!(intent(&RUNNING, Verdict::Ok, CRAMPED), Intent::Pause);
+        let full = paused(PausedBy::FullDisk);
+        assert_eq!(intent(&full, Verdict::Ok, CRAMPED), Intent::Nothing);
+    }
+
+    #[test]
+    fn the_kernels_count_of_a_process_writes_is_read() {
+        let io = "rchar: 1\nwchar: 2\nread_bytes: 3\nwrite_bytes: 4096\ncancelled_write_bytes: 0\n";
+        assert_eq!(read_write_bytes(io), Some(4096));
+        assert_eq!(read_write_bytes(""), None);
+    }
+}

@@ -1,0 +1,91 @@
+//! What storage does to VMs: whole daemons, with `fake-vmm` as their VMM and the test as their guest.
+
+#![expect(clippy::unwrap_used, reason = "all of this is a test")]
+
+use banger_testkit::env::{Options, TestEnv};
+use banger_testkit::run::eventually;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+const STATE_BYTES: u64 = 64 << 20;
+/// The free bytes at which who grows is paused: a tenth of a small filesystem.
+const PAUSE_AT: u64 = STATE_BYTES / 10;
+
+fn free(env: &TestEnv) -> u64 {
+    let facts = rustix::fs::statvfs(env.state()).unwrap();
+    facts.f_bavail * facts.f_frsize
+}
+
+fn phase(env: &TestEnv) -> (String, String) {
+    let phase = &env.json(&["vm", "show", "otter"])["phase"];
+    let word = |key: &str| phase[key].as_str().unwrap_or_default().to_owned();
+    (word("state"), word("by"))
+}
+
+fn is(env: &TestEnv, state: &str, by: &str) -> bool {
+    phase(env) == (state.to_owned(), by.to_owned())
+}
+
+/// The file that the guest of the only VM writes to.
+fn overlay(env: &TestEnv) -> PathBuf {
+    let mut folders = std::fs::read_dir(env.state().join("vms")).unwrap();
+    folders.next().unwrap().unwrap().path().join("overlay.img")
+}
+
+#[test]
+#[ignore = "system test"]
+fn a_vm_that_fills_the_host_waits_for_room_and_one_that_does_not_runs_on() {
+    let test = "a_vm_that_fills_the_host_waits_for_room_and_one_that_does_not_runs_on";
+    let options = Options {
+        state_bytes: Some(STATE_BYTES),
+        ..Options::default()
+    };
+    let Some(env) = TestEnv::with(test, &options) else {
+        return;
+    };
+    let create = [
+        "vm", "create", "--wait", "--image", "tiny", "--name", "otter",
+    ];
+    env.ok(&create);
+
+    // Somebody else fills the host: nobody is paused for that.
+    let filler = File::create(env.state().join("filler")).unwrap();
+    let fill = free(&env) - PAUSE_AT * 3 / 4;
+    rustix::fs::fallocate(&filler, rustix::fs::FallocateFlags::empty(), 0, fill).unwrap();
+    assert!(is(&env, "running", ""));
+
+    // The guest writes on, page by page, as long as it runs.
+    let overlay = File::options().write(true).open(overlay(&env)).unwrap();
+    let mut written = 0;
+    eventually("it is paused", || {
+        if free(&env) > 64 << 10 {
+            overlay
+                .write_all_at(&[7; 4096], (16 << 20) + written)
+                .unwrap();
+            written += 4096;
+        }
+        is(&env, "paused", "full-disk").then_some(())
+    });
+    let left = free(&env);
+    assert!(left > 0, "{left} bytes");
+    println!("PAUSED: {left} of {STATE_BYTES} bytes left, {written} written");
+    let why = env.ok(&["vm", "why", "otter"]);
+    assert!(why.contains("the host's filesystem has"), "{why}");
+    let refused = env.banger(&["vm", "resume", "otter"]);
+    assert!(refused.status != 0, "{refused:?}");
+    assert!(refused.stderr.contains("MiB free"), "{refused:?}");
+    assert!(is(&env, "paused", "full-disk"));
+
+    // Over a restart of the daemon it is still known why it is paused.
+    env.ok(&["daemon", "stop"]);
+    assert!(is(&env, "paused", "full-disk"));
+
+    drop(filler);
+    std::fs::remove_file(env.state().join("filler")).unwrap();
+    eventually("it goes on by itself", || {
+        is(&env, "running", "").then_some(())
+    });
+    env.ok(&["vm", "stop", "otter"]);
+    env.ok(&["vm", "delete", "--purge", "otter"]);
+}
