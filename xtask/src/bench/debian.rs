@@ -150,6 +150,9 @@ impl Debian {
         let mut ssh = command("ssh");
         ssh.args(["-F", "none", "-o", "StrictHostKeyChecking=no", "-o"])
             .args(["UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"])
+            // As `banger vm ssh` does.
+            .args(["-o", "PreferredAuthentications=publickey"])
+            .args(["-o", "KexAlgorithms=^curve25519-sha256"])
             .args(["-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes", "-i"])
             .arg(&self.key)
             .arg(format!("root@{ADDRESS}"))
