@@ -1,7 +1,7 @@
 //! Who this guest is: the files, the clock and the random pool of one particular VM.
 
 use super::rooted::Root;
-use super::{Reporter, hostkey, network, text};
+use super::{Reporter, generators, hostkey, network, text};
 use crate::sys;
 use banger_guest::boot_config::BootConfig;
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
@@ -73,10 +73,14 @@ pub(crate) fn write(
         files.network_managers(&network.mac);
     }
     // The directory of run-time units is how programs tell that systemd is PID 1: none is made for another init.
-    if SYSTEMD.iter().any(|path| root.is_file(path)) {
+    let has_systemd = SYSTEMD.iter().any(|path| root.is_file(path));
+    if has_systemd {
         files.keep_modules_mounted();
     }
     files.stale_mounts(root_is_overlay);
+    if has_systemd {
+        files.mask_idle_generators();
+    }
 }
 
 fn seed_random(seed: &str) -> io::Result<()> {
@@ -181,6 +185,22 @@ impl Files<'_> {
             let path = format!("run/systemd/system/{prefix}-.mount.d/50-banger.conf");
             self.write(&path, b"[Unit]\nDefaultDependencies=no\n", 0o644);
         }
+    }
+
+    /// Spares systemd's start the generators that would find nothing.
+    fn mask_idle_generators(&mut self) {
+        let idle = generators::idle(self.root, &UNIT_DIRECTORIES);
+        for name in &idle {
+            let mask = format!("{}/{name}", generators::MASKS);
+            let masked = self.root.symlink(&mask, "/dev/null");
+            self.report
+                .check(&format!("cannot mask the generator {name}"), masked);
+        }
+        self.write(
+            "run/tmpfiles.d/banger.conf",
+            generators::unmask(&idle).as_bytes(),
+            0o644,
+        );
     }
 
     /// Takes away mounts of drives that older images had and this VM does not.

@@ -4,6 +4,7 @@
 //! live without warns and goes on; without its root the guest tells why and powers off. Nothing is ever formatted.
 
 mod drives;
+mod generators;
 mod hostkey;
 mod identity;
 mod modules;

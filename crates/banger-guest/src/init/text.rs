@@ -68,6 +68,13 @@ fn is_stale_device(word: &str) -> bool {
         && bytes.all(|byte| byte.is_ascii_digit())
 }
 
+/// Whether an `/etc/fstab` has nothing but comments.
+pub(crate) fn fstab_is_empty(text: &str) -> bool {
+    text.lines()
+        .map(str::trim_start)
+        .all(|line| line.is_empty() || line.starts_with('#'))
+}
+
 /// `/etc/fstab` with lines commented out that would mount what this VM does not have: drives after the first and,
 /// where `/` is an overlay, the root itself. `None` if there are none.
 pub(crate) fn fstab(existing: &str, root_is_overlay: bool) -> Option<String> {
