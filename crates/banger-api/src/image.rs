@@ -19,7 +19,7 @@ pub struct Image {
     pub digest: String,
     /// Its size in bytes.
     pub bytes: u64,
-    /// SHA-256 of the list of packages that it was built from.
+    /// SHA-256 of the list of packages and of the recipe that it was built from.
     pub packages_digest: Option<String>,
     /// The packages in it, `name version`.
     pub packages: Vec<String>,

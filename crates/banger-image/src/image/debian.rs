@@ -20,6 +20,14 @@ const SSH_SERVICE: &str = include_str!("../../recipes/debian/ssh.service");
 const SSHD_CONFIG: &str = include_str!("../../recipes/debian/sshd.conf");
 const SYSTEM_CONFIG: &str = include_str!("../../recipes/debian/system.conf");
 const SERIAL_AUTOLOGIN: &str = include_str!("../../recipes/debian/serial-autologin.conf");
+/// The recipe beside its packages.
+pub(super) const RECIPE: [&str; 5] = [
+    UNITS,
+    SSH_SERVICE,
+    SSHD_CONFIG,
+    SYSTEM_CONFIG,
+    SERIAL_AUTOLOGIN,
+];
 
 /// The largest archive that mmdebstrap may give.
 const MAX_ARCHIVE: u64 = 32 << 30;
@@ -51,13 +59,7 @@ pub(super) fn gather(packages: &[String], context: &Context) -> Result<Material,
     let mut hash = Sha256::new();
     hash.update(&digest);
     // The recipe is as much a part of the content as the packages.
-    for part in [
-        UNITS,
-        SSH_SERVICE,
-        SSHD_CONFIG,
-        SYSTEM_CONFIG,
-        SERIAL_AUTOLOGIN,
-    ] {
+    for part in RECIPE {
         hash.update(part);
     }
     Ok(Material {
@@ -322,6 +324,11 @@ fn customize(tree: &mut Tree) {
         "/lib/systemd/system/multi-user.target",
         EPOCH,
     );
+    tree.symlink(
+        "etc/systemd/system/getty.target.wants/serial-getty@ttyS0.service",
+        "/lib/systemd/system/serial-getty@.service",
+        EPOCH,
+    );
     tree.write(
         "etc/systemd/system/serial-getty@.service.d/banger.conf",
         0o644,
@@ -360,10 +367,10 @@ impl<'a> Rule<'a> {
             Self::Later(unit) => {
                 let path = format!("etc/systemd/system/{unit}.d/after-ssh.conf");
                 // A login that comes while they start goes first; a login on the console is one itself.
-                let nice = if unit.contains("getty") {
-                    ""
-                } else {
+                let nice = if unit.ends_with(".service") && !unit.contains("getty") {
                     "[Service]\nNice=10\n"
+                } else {
+                    ""
                 };
                 tree.write(
                     &path,
@@ -451,8 +458,14 @@ mod tests {
             link(&tree, &format!("{units}/apt-daily.timer")),
             Some("/dev/null")
         );
-        let later = tree.file(&format!("{units}/systemd-udevd.service.d/after-ssh.conf"));
-        assert!(later.is_some());
+        let later = |unit: &str| {
+            let path = format!("{units}/{unit}.d/after-ssh.conf");
+            tree.file(&path).unwrap().read("", 1000).unwrap()
+        };
+        let after = "[Unit]\nAfter=ssh.service\n";
+        let polite = format!("{after}[Service]\nNice=10\n");
+        assert_eq!(later("systemd-udevd.service"), polite.as_bytes());
+        assert_eq!(later("dev-mqueue.mount"), after.as_bytes());
         assert_eq!(Rule::parse("# mask x"), None);
         assert_eq!(Rule::parse("mask x.service"), Some(Rule::Mask("x.service")));
         let known = UNITS

@@ -62,7 +62,7 @@ pub struct ImageManifest {
     pub bytes: u64,
     /// What is installed in it, in order of name.
     pub packages: Vec<PackageVersion>,
-    /// SHA-256 of the list of packages that it was made from, in hexadecimal.
+    /// SHA-256 of the list of packages and of the recipe that it was made from, in hexadecimal.
     pub packages_sha256: String,
     /// Its own first process.
     pub init: String,
@@ -133,8 +133,8 @@ pub fn build_image(
     Ok(manifest)
 }
 
-/// The SHA-256 of the list of packages that the recipe would be built from now, in hexadecimal; differs from
-/// [`ImageManifest::packages_sha256`] when the list has changed since.
+/// The SHA-256 of the list of packages and of the recipe that an image would be built from now, in hexadecimal;
+/// differs from [`ImageManifest::packages_sha256`] when one of them has changed since.
 pub fn packages_sha256(kind: &RecipeKind) -> Result<String, ImageError> {
     PackageList::of(kind).map(|list| list.sha256)
 }
@@ -147,21 +147,23 @@ struct PackageList {
 
 impl PackageList {
     fn of(kind: &RecipeKind) -> Result<Self, BuildError> {
+        let own = Path::new("packages.apt");
         match kind {
             RecipeKind::Default { packages: None } => {
-                Self::parse(DEFAULT_PACKAGES, Path::new("packages.apt"))
+                Self::parse(DEFAULT_PACKAGES, own, &debian::RECIPE)
             }
-            RecipeKind::Tiny => Self::parse(TINY_PACKAGES, Path::new("packages.apt")),
+            RecipeKind::Tiny => Self::parse(TINY_PACKAGES, own, &tiny::RECIPE),
             RecipeKind::Default {
                 packages: Some(path),
             } => {
                 let text = std::fs::read_to_string(path).map_err(BuildError::io("read", path))?;
-                Self::parse(&text, path)
+                Self::parse(&text, path, &debian::RECIPE)
             }
         }
     }
 
-    fn parse(text: &str, path: &Path) -> Result<Self, BuildError> {
+    /// Reads a list; its digest covers the rest of the recipe as well.
+    fn parse(text: &str, path: &Path, recipe: &[&str]) -> Result<Self, BuildError> {
         let mut packages = Vec::new();
         for (index, line) in text.lines().enumerate() {
             let name = line.split('#').next().unwrap_or_default().trim();
@@ -176,9 +178,13 @@ impl PackageList {
             }
             packages.push(name.to_owned());
         }
+        let mut hash = Sha256::new_with_prefix(text);
+        for part in recipe {
+            hash.update(part);
+        }
         Ok(Self {
             packages,
-            sha256: ext4::hex(&Sha256::digest(text)),
+            sha256: ext4::hex(&hash.finalize()),
         })
     }
 }
@@ -194,14 +200,21 @@ mod tests {
 
     #[test]
     fn a_package_list_has_one_name_a_line_and_comments() {
-        let list = PackageList::parse("# all\n\ncurl # why\n  g++\n", Path::new("x")).unwrap();
+        let list = PackageList::parse("# all\n\ncurl # why\n  g++\n", Path::new("x"), &[]).unwrap();
         assert_eq!(list.packages, ["curl", "g++"]);
         for (text, line) in [("curl wget\n", 1), ("curl\n--option\n", 2), ("a,b", 1)] {
-            match PackageList::parse(text, Path::new("x")) {
+            match PackageList::parse(text, Path::new("x"), &[]) {
                 Err(BuildError::PackageList { line: found, .. }) => assert_eq!(found, line),
                 other => panic!("{text}: {:?}", other.map(|list| list.packages)),
             }
         }
+    }
+
+    #[test]
+    fn a_changed_recipe_changes_the_digest_of_a_list() {
+        let digest = |recipe| PackageList::parse("curl\n", Path::new("x"), recipe).unwrap();
+        assert_ne!(digest(&["mask a"]).sha256, digest(&["mask b"]).sha256);
+        assert_eq!(digest(&["mask a"]).sha256, digest(&["mask a"]).sha256);
     }
 
     #[test]

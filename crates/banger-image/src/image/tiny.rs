@@ -12,6 +12,8 @@ use std::collections::BTreeSet;
 const APPLETS: &str = include_str!("../../recipes/tiny/applets.txt");
 const INITTAB: &str = include_str!("../../recipes/tiny/inittab");
 const RC: &str = include_str!("../../recipes/tiny/rc");
+/// The recipe beside its packages.
+pub(super) const RECIPE: [&str; 3] = [APPLETS, INITTAB, RC];
 
 pub(super) fn gather(packages: &[String], context: &Context) -> Result<Material, BuildError> {
     let host = apt::host()?;
@@ -39,7 +41,7 @@ pub(super) fn gather(packages: &[String], context: &Context) -> Result<Material,
     for package in &taken {
         hash.update(format!("{}={}\n", package.name, package.version));
     }
-    for part in [APPLETS, INITTAB, RC] {
+    for part in RECIPE {
         hash.update(part);
     }
     customize(&mut tree);
