@@ -6,3 +6,4 @@ pub mod door;
 pub mod enter;
 pub mod root;
 pub mod serve;
+pub mod way_out;

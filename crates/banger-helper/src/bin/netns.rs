@@ -1,7 +1,8 @@
-//! `banger-netns`: keeps the instance's network namespace and works in it.
+//! `banger-netns`: keeps the instance's network namespace and works in it; or holds its way out.
 
 use banger_helper::enter;
 use banger_helper::serve::Server;
+use banger_helper::way_out;
 use banger_host::error_chain;
 use banger_host::net::keeper::Readiness;
 use rustix::process::Resource;
@@ -10,14 +11,18 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-const USAGE: &str =
-    "usage: banger-netns --socket PATH [--user-namespace]\n       banger-netns --probe-kvm";
+const USAGE: &str = "usage: banger-netns --socket PATH [--user-namespace]\n       banger-netns --way-out-of PID --pasta PATH\n       \
+     banger-netns --probe-kvm";
 
 /// What the command line asks for.
 enum Task {
     Keep {
         socket: PathBuf,
         user_namespace: bool,
+    },
+    WayOut {
+        keeper: i32,
+        pasta: PathBuf,
     },
     ProbeKvm,
 }
@@ -28,6 +33,7 @@ fn main() -> ExitCode {
             socket,
             user_namespace,
         }) => keep(&socket, user_namespace),
+        Some(Task::WayOut { keeper, pasta }) => hold_way_out(keeper, &pasta),
         Some(Task::ProbeKvm) => banger_host::probe::child_main(),
         None => {
             let _ = writeln!(std::io::stderr(), "{USAGE}");
@@ -39,20 +45,29 @@ fn main() -> ExitCode {
 fn parse(mut args: impl Iterator<Item = OsString>) -> Option<Task> {
     let mut socket = None;
     let mut user_namespace = false;
+    let (mut keeper, mut pasta) = (None, None);
     while let Some(arg) = args.next() {
         match arg.to_str() {
             Some("--socket") => socket = Some(PathBuf::from(args.next()?)),
             Some("--user-namespace") => user_namespace = true,
+            Some("--way-out-of") => keeper = Some(args.next()?.to_str()?.parse().ok()?),
+            Some("--pasta") => pasta = Some(PathBuf::from(args.next()?)),
             Some("--probe-kvm") if socket.is_none() && !user_namespace => {
                 return args.next().is_none().then_some(Task::ProbeKvm);
             }
             _ => return None,
         }
     }
-    Some(Task::Keep {
-        socket: socket?,
-        user_namespace,
-    })
+    match (socket, keeper, pasta) {
+        (Some(socket), None, None) => Some(Task::Keep {
+            socket,
+            user_namespace,
+        }),
+        (None, Some(keeper), Some(pasta)) if !user_namespace => {
+            Some(Task::WayOut { keeper, pasta })
+        }
+        _ => None,
+    }
 }
 
 fn keep(socket: &std::path::Path, user_namespace: bool) -> ExitCode {
@@ -73,15 +88,35 @@ fn keep(socket: &std::path::Path, user_namespace: bool) -> ExitCode {
     // Nothing of the starter's is held on to: neither its directory nor its pipe.
     let _ = rustix::process::chdir("/");
     say(&Readiness::Ready(true));
-    if let Ok(null) = std::fs::File::options().write(true).open("/dev/null") {
-        let _ = rustix::stdio::dup2_stdout(&null);
-    }
+    let_go_of_stdout();
     match server.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "banger-netns: {}", error_chain(&error));
             ExitCode::FAILURE
         }
+    }
+}
+
+fn hold_way_out(keeper: i32, pasta: &std::path::Path) -> ExitCode {
+    let _ = rustix::process::setsid();
+    let _ = rustix::process::chdir("/");
+    let held = way_out::hold(keeper, pasta, |ready| {
+        say(ready);
+        let_go_of_stdout();
+    });
+    match held {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(&Readiness::Error(error_chain(&error)));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn let_go_of_stdout() {
+    if let Ok(null) = std::fs::File::options().write(true).open("/dev/null") {
+        let _ = rustix::stdio::dup2_stdout(&null);
     }
 }
 

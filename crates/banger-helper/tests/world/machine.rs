@@ -1,6 +1,6 @@
 //! A guest with a network stack of its own: a namespace whose device is joined to the guest's end of a TAP.
 
-use super::{POOL, World, guest, run};
+use super::{POOL, World, as_root, guest, run};
 use banger_host::net::tap;
 use banger_host::op::Port;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -29,8 +29,7 @@ impl Machine {
     pub(crate) fn new(world: &World, number: u8) -> Self {
         let port = guest(number);
         let here = world.attach(&port);
-        let (namespace, there) =
-            std::thread::scope(|scope| scope.spawn(|| device(&port)).join().unwrap());
+        let (namespace, there) = as_root(|| device(&port));
         let (stopped, stop) = io::pipe().unwrap();
         let cable = std::thread::spawn(move || carry(&here, &there, &stopped));
         Self {
@@ -47,13 +46,10 @@ impl Machine {
 
     /// Runs `work` in the guest.
     pub(crate) fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        std::thread::scope(|scope| {
-            let work = || {
-                let network = Some(LinkNameSpaceType::Network);
-                move_into_link_name_space(self.namespace.as_fd(), network).unwrap();
-                work()
-            };
-            scope.spawn(work).join().unwrap()
+        as_root(|| {
+            let network = Some(LinkNameSpaceType::Network);
+            move_into_link_name_space(self.namespace.as_fd(), network).unwrap();
+            work()
         })
     }
 

@@ -33,6 +33,8 @@ pub(crate) struct World {
     pub(crate) hold: OwnedFd,
     pub(crate) socket: PathBuf,
     pub(crate) directory: tempfile::TempDir,
+    /// What starts `banger-netns`: by itself, or as an ordinary user.
+    pub(crate) program: PathBuf,
     /// Asked for once, so that it is there while the keeper is stopped.
     network: OnceLock<OwnedFd>,
 }
@@ -171,6 +173,7 @@ impl World {
             hold: descriptors.remove(0),
             socket,
             directory,
+            program,
             network: OnceLock::new(),
         })
     }
@@ -212,15 +215,9 @@ impl World {
     /// Runs `work` inside the keeper's network namespace.
     pub(crate) fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let namespace = self.network.get_or_init(|| self.namespace());
-        std::thread::scope(|scope| {
-            scope
-                .spawn(|| {
-                    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
-                        .unwrap();
-                    work()
-                })
-                .join()
-                .unwrap()
+        as_root(|| {
+            move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+            work()
         })
     }
 
@@ -302,10 +299,23 @@ fn enter_new_host() {
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
 }
 
+/// The calling thread, and what it starts, acts as an ordinary user, and can come back.
 fn become_nobody() {
     let nobody = rustix::process::Uid::from_raw(NOBODY);
-    // Of this thread alone.
-    rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap();
+    let root = rustix::process::Uid::ROOT;
+    rustix::thread::set_thread_res_uid(root, nobody, root).unwrap();
+}
+
+/// In a thread of its own, as root again.
+pub(crate) fn as_root<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let work = || {
+            let root = rustix::process::Uid::ROOT;
+            rustix::thread::set_thread_res_uid(root, root, root).unwrap();
+            work()
+        };
+        scope.spawn(work).join().unwrap()
+    })
 }
 
 fn wrapper(directory: &std::path::Path) -> String {

@@ -7,6 +7,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+use std::ffi::OsStr;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -90,40 +91,11 @@ impl Keeper {
     /// # Errors
     /// It cannot be started, or says why it cannot make the namespaces, or is not ready within 10 s.
     pub fn spawn(program: &Path, socket: &Path, user_namespace: bool) -> Result<Self, KeeperError> {
-        let failed = |source| KeeperError::Start {
-            program: program.to_owned(),
-            source,
-        };
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "the named place that starts the namespace's keeper"
-        )]
-        let mut command = Command::new(program);
-        command
-            .arg("--socket")
-            .arg(socket)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null());
+        let mut args = vec![OsStr::new("--socket"), socket.as_os_str()];
         if user_namespace {
-            command.arg("--user-namespace");
+            args.push(OsStr::new("--user-namespace"));
         }
-        let mut child = command.spawn().map_err(failed)?;
-        let stdout = child.stdout.take();
-        let ready = match stdout {
-            Some(mut pipe) => wait_ready(&mut pipe, Instant::now() + READY_TIMEOUT),
-            None => Err("its standard output is missing".to_owned()),
-        };
-        if let Err(why) = ready {
-            let _ = child.kill();
-            let _ = child.wait();
-            return Err(KeeperError::NotReady { why });
-        }
-        // It may end long before this process does; somebody has to collect it.
-        std::thread::Builder::new()
-            .name("keeper-wait".to_owned())
-            .spawn(move || child.wait())
-            .map_err(failed)?;
+        start(program, &args)?;
         Self::connect(socket)
     }
 
@@ -201,6 +173,44 @@ impl Keeper {
         seqpacket::receive(&connection, Some(deadline))?
             .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     }
+}
+
+/// Starts `program` (a `banger-netns`) and waits until it says that it is ready. It outlives this process.
+///
+/// # Errors
+/// It cannot be started, or says why it gave up, or is not ready within 10 s.
+pub(super) fn start(program: &Path, args: &[&OsStr]) -> Result<(), KeeperError> {
+    let failed = |source| KeeperError::Start {
+        program: program.to_owned(),
+        source,
+    };
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the named place that starts the namespace's keeper"
+    )]
+    let mut command = Command::new(program);
+    command
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
+    let mut child = command.spawn().map_err(failed)?;
+    let stdout = child.stdout.take();
+    let ready = match stdout {
+        Some(mut pipe) => wait_ready(&mut pipe, Instant::now() + READY_TIMEOUT),
+        None => Err("its standard output is missing".to_owned()),
+    };
+    if let Err(why) = ready {
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(KeeperError::NotReady { why });
+    }
+    // It may end long before this process does; somebody has to collect it.
+    std::thread::Builder::new()
+        .name("keeper-wait".to_owned())
+        .spawn(move || child.wait())
+        .map_err(failed)?;
+    Ok(())
 }
 
 /// Reads the readiness line.
