@@ -224,7 +224,14 @@ impl World {
     /// The guest's end of a port.
     pub(crate) fn attach(&self, port: &Port) -> OwnedFd {
         self.ensure_port(port);
-        self.inside(|| tap::open(&port.tap).unwrap())
+        self.inside(|| {
+            let tap = tap::open(&port.tap).unwrap();
+            // The bridge notices in its own time that somebody is there.
+            wait_for("the port", || {
+                run("bridge", &["link", "show", "dev", &port.tap]).contains("state forwarding")
+            });
+            tap
+        })
     }
 
     /// Does what answers nothing.
