@@ -435,3 +435,32 @@ fn a_pool_that_another_has_or_that_the_host_uses_is_refused_and_changes_nothing(
     ));
     assert_eq!(machine.state(), before);
 }
+
+#[test]
+fn the_routes_of_a_vpn_are_seen_in_whatever_table_and_shape() {
+    let Some(machine) = Machine::new("the_routes_of_a_vpn_are_seen_in_whatever_table_and_shape")
+    else {
+        return;
+    };
+    let instance = Instance::new(1);
+    sh("ip route add 172.31.16.0/24 dev lo table 52");
+    let refused = machine.attach(&instance);
+    assert!(
+        matches!(&refused, Err(HostOpError::RouteInTheWay { route, .. }) if route == "route 172.31.16.0/24 dev lo"),
+        "{refused:?}"
+    );
+    sh("ip route flush table 52");
+    // One that leads everything elsewhere by its own table, and one that does so by two halves.
+    sh(
+        "ip link add tun0 type bridge; ip link set tun0 up; ip route add default dev tun0 table 51820",
+    );
+    sh("ip link add tun1 type bridge; ip link set tun1 up
+        ip route add 0.0.0.0/1 dev tun1; ip route add 128.0.0.0/1 dev tun1");
+    machine.attach(&instance).unwrap();
+    assert_eq!(machine.nat(&instance).uplinks, ["eth0", "tun0", "tun1"]);
+    // Several ways at once.
+    sh("ip route del default; ip route add default nexthop dev eth0 via 198.51.100.2 nexthop dev tun0
+        ip route del 0.0.0.0/1; ip route del 128.0.0.0/1; ip route flush table 51820");
+    assert_eq!(machine.nat(&instance).uplinks, ["eth0", "tun0"]);
+    assert!(!forwards("tun1"));
+}

@@ -25,22 +25,25 @@ pub(super) fn route(
     if !Path::new(SERVING).exists() {
         return Ok(ResolvedReport::NotRunning);
     }
-    let dns = dns.to_string();
-    let mut domains = vec!["domain".to_owned(), link.to_owned(), "~vm".to_owned()];
-    domains.extend(reverse_zones(guests));
-    let commands = [
-        // Never the server for the rest of the world, not even for a moment.
-        vec!["default-route".to_owned(), link.to_owned(), "no".to_owned()],
-        domains,
-        vec!["dns".to_owned(), link.to_owned(), dns],
-    ];
-    for command in commands {
+    for command in commands(link, guests, dns) {
         match run(&command) {
             Err(ExecError::Missing { .. }) => return Ok(ResolvedReport::NoResolvectl),
             ran => ran?,
         }
     }
     Ok(ResolvedReport::Routed)
+}
+
+fn commands(link: &str, guests: Ipv4Net, dns: Ipv4Addr) -> [Vec<String>; 3] {
+    let words = |words: [&str; 3]| words.map(str::to_owned).to_vec();
+    let mut domains = words(["domain", link, "~vm"]);
+    domains.extend(reverse_zones(guests));
+    [
+        // Never the server for the rest of the world, not even for a moment.
+        words(["default-route", link, "no"]),
+        domains,
+        words(["dns", link, &dns.to_string()]),
+    ]
 }
 
 /// Takes it back from a link that is there. Nothing is left to do where systemd-resolved does not run.
@@ -74,6 +77,16 @@ fn reverse_zones(network: Ipv4Net) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_server_is_named_last_when_it_is_settled_what_it_is_asked() {
+        let guests = Ipv4Net::new(Ipv4Addr::new(172, 16, 16, 0), 21);
+        let commands = commands("bv0", guests, Ipv4Addr::new(172, 16, 16, 1));
+        let lines = commands.map(|words| words.join(" "));
+        assert_eq!(lines[0], "default-route bv0 no");
+        assert!(lines[1].starts_with("domain bv0 ~vm ~16.16.172.in-addr.arpa ~17."));
+        assert_eq!(lines[2], "dns bv0 172.16.16.1");
+    }
 
     #[test]
     fn every_address_of_the_guests_has_its_zone_and_no_other() {

@@ -2,7 +2,7 @@
 
 use super::tag::Tag;
 use crate::net::host::HostOpError;
-use crate::net::links::{Address, Link, Links, Route, TABLE_LOCAL, TABLE_MAIN};
+use crate::net::links::{Address, HALF, Link, Links, Route, TABLE_MAIN};
 use crate::net::namespace::set_sysctl;
 use crate::op::UPLINK;
 use banger_core::addr::{Ipv4Net, Pool};
@@ -59,7 +59,8 @@ pub(super) fn check_pool(pool: Pool) -> Result<(), HostOpError> {
     }
 }
 
-/// A route that goes through our own veth is no obstacle; any other within, or around, the pool is.
+/// A route that goes through our own veth is no obstacle; any other within, or around, the pool is, whatever table
+/// it is in: VPNs have their own.
 ///
 /// # Errors
 /// There is one.
@@ -69,8 +70,7 @@ pub(super) fn refuse_overlap(
     own: Option<u32>,
 ) -> Result<(), HostOpError> {
     let obstacle = links.routes()?.into_iter().find(|route| {
-        matches!(route.table, TABLE_MAIN | TABLE_LOCAL)
-            && route.destination.prefix() > 0
+        route.destination.prefix() > HALF
             && route.destination.overlaps(&pool.network())
             && (own.is_none() || route.link != own)
     });

@@ -1,6 +1,6 @@
 //! The host's own network: what its routes cover, and what root's operations on it could not do.
 
-use super::links::{Links, NetlinkError};
+use super::links::{HALF, Links, NetlinkError};
 use super::nft::NftError;
 use crate::exec::ExecError;
 use crate::host_side::{Caller, HelperError, Host, LedgerError};
@@ -138,7 +138,7 @@ pub fn perform(op: &HostOp, namespace: Option<BorrowedFd<'_>>) -> Result<(), Hos
     Ok(())
 }
 
-/// Every IPv4 network that this host has a route to or an address of (default routes are left out), for the choice of
+/// Every IPv4 network that this host has a route to or an address of (routes to everywhere are left out), for the choice of
 /// a pool.
 ///
 /// # Errors
@@ -146,7 +146,7 @@ pub fn perform(op: &HostOp, namespace: Option<BorrowedFd<'_>>) -> Result<(), Hos
 pub fn host_routes() -> Result<Vec<Ipv4Net>, HostOpError> {
     let mut links = Links::new();
     let routes = links.routes()?.into_iter().map(|route| route.destination);
-    let mut networks: Vec<Ipv4Net> = routes.filter(|network| network.prefix() > 0).collect();
+    let mut networks: Vec<Ipv4Net> = routes.filter(|network| network.prefix() > HALF).collect();
     for address in links.addresses()? {
         networks.push(Ipv4Net::new(address.address, address.prefix));
     }

@@ -26,6 +26,9 @@ const RTN_UNICAST: u8 = 1;
 const RTNH_F_ONLINK: u32 = 4;
 const RTPROT_BOOT: u8 = 3;
 const RT_SCOPE_LINK: u8 = 253;
+/// The bits of a network that is a half of everything. Some VPNs divide their route to everywhere so, and no network
+/// of one's own is as large.
+pub const HALF: u8 = 1;
 /// The main routing table.
 pub const TABLE_MAIN: u32 = 254;
 /// The table of the host's own addresses.
@@ -433,7 +436,9 @@ impl Links {
         let mut reply = self.socket.request(&request)?;
         let mut devices = BTreeSet::new();
         while let Some((header, attributes)) = reply.recv().transpose()? {
-            if header.rtm_family != INET || header.rtm_type != RTN_UNICAST || header.rtm_dst_len > 1
+            if header.rtm_family != INET
+                || header.rtm_type != RTN_UNICAST
+                || header.rtm_dst_len > HALF
             {
                 continue;
             }

@@ -13,6 +13,7 @@ use super::dm::{self, Control, Device, DmError, Number, Target};
 use super::loopdev::{LoopDevice, LoopError, Turn};
 use crate::op::{HostAnswer, HostOp, OwnedKind, OwnedObject, SnapshotState};
 use banger_core::id::{InstanceId, VmId};
+use linux_raw_sys::general::FUSE_SUPER_MAGIC;
 use rustix::fd::BorrowedFd;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -220,6 +221,14 @@ fn check(what: &'static str, file: BorrowedFd<'_>, writable: bool) -> Result<(),
         return Err(SnapshotError::Descriptor {
             what,
             wanted: "a regular file",
+        });
+    }
+    // Before any turn is taken: a user's program could let everybody wait who reads from it.
+    let filesystem = rustix::fs::fstatfs(file).map_err(look)?.f_type;
+    if filesystem.cast_unsigned() == u64::from(FUSE_SUPER_MAGIC) {
+        return Err(SnapshotError::Descriptor {
+            what,
+            wanted: "on a filesystem that the kernel serves itself",
         });
     }
     let mode = rustix::fs::fcntl_getfl(file).map_err(look)? & OFlags::ACCMODE;
