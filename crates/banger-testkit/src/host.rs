@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
@@ -82,6 +83,17 @@ impl Host {
         host
     }
 
+    /// Holds open the network namespaces of the processes.
+    pub fn hold_namespaces(&self) -> Vec<HeldNamespace> {
+        let own = std::fs::read_link("/proc/self/ns/net").ok();
+        let held = self.processes.iter().filter_map(|process| {
+            let open = File::open(format!("/proc/{}/ns/net", process.pid)).ok()?;
+            let name = network_namespace(process.pid)?;
+            (Some(&name) != own.as_ref()).then_some(HeldNamespace { name, _open: open })
+        });
+        held.collect()
+    }
+
     /// The processes that run `program`.
     pub fn running(&self, program: &str) -> Vec<i32> {
         self.processes
@@ -105,15 +117,28 @@ pub fn taps(keeper: i32) -> Vec<String> {
         .collect()
 }
 
-/// Whether any process is in, or holds open, or anything is mounted on, the namespace `net:[…]`.
-pub fn namespace_lives(namespace: &str) -> bool {
-    let wanted = Path::new(namespace);
-    let mounted = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    mounted.contains(namespace)
-        || pids().into_iter().any(|pid| {
-            network_namespace(pid).as_deref() == Some(wanted)
-                || descriptors(pid).iter().any(|target| target == wanted)
-        })
+/// A network namespace that the test holds open, so that its number is not given to another one.
+#[derive(Debug)]
+pub struct HeldNamespace {
+    /// `net:[…]`.
+    pub name: PathBuf,
+    _open: File,
+}
+
+impl HeldNamespace {
+    /// Whether any process of another program is in, or holds open, or anything is mounted on it.
+    pub fn is_used(&self) -> bool {
+        // Also children of this process that are about to become another program: they have copies for a moment.
+        let program = |pid: &str| std::fs::read_link(format!("/proc/{pid}/exe")).ok();
+        let own = program("self");
+        let mounted = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        mounted.contains(&self.name.display().to_string())
+            || pids().into_iter().any(|pid| {
+                program(&pid.to_string()) != own
+                    && (network_namespace(pid).as_ref() == Some(&self.name)
+                        || descriptors(pid).contains(&self.name))
+            })
+    }
 }
 
 /// The processes that have `file` open.

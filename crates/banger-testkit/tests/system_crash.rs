@@ -6,7 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use banger_testkit::env::TestEnv;
-use banger_testkit::host::{Host, namespace_lives, openers};
+use banger_testkit::host::{Host, openers};
 use banger_testkit::run::{LIMIT, eventually, wait_exit};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -268,11 +268,11 @@ fn assert_recovered(env: &TestEnv, scene: &Scene, at: &str) {
     env_ok(env, PURGE, at);
     assert_eq!(env.vm_folders(), Vec::<String>::new(), "{at}");
     assert_eq!(env.vms(), Vec::<Value>::new(), "{at}");
-    let namespaces = env.host().namespaces;
+    let namespaces = env.host().hold_namespaces();
     env_ok(env, &["daemon", "stop"], at);
     assert_eq!(env.host(), Host::default(), "{at}");
     for namespace in &namespaces {
-        assert!(!namespace_lives(namespace), "{at}: {namespace} is left");
+        assert!(!namespace.is_used(), "{at}: {namespace:?} is left");
     }
 }
 

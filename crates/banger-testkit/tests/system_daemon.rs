@@ -9,7 +9,7 @@ use banger_api::endpoint::{GetEvents, PostVms};
 use banger_api::event::{Cursor, Event, EventKind, FollowEvents};
 use banger_api::vm::CreateVm;
 use banger_testkit::env::TestEnv;
-use banger_testkit::host::{Host, namespace_lives, openers};
+use banger_testkit::host::{Host, openers};
 use banger_testkit::run::{LIMIT, Output, eventually, signal, wait_exit};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -60,7 +60,7 @@ fn ten_lives_of_a_vm_leave_the_host_as_it_was() {
     };
     let before = env.host();
     assert_eq!(before, Host::default());
-    let mut namespaces = std::collections::BTreeSet::new();
+    let mut namespaces = Vec::new();
     for _ in 0..10 {
         let vm = create(&env, "otter");
         let during = env.host();
@@ -74,7 +74,7 @@ fn ten_lives_of_a_vm_leave_the_host_as_it_was() {
         assert_eq!(during.namespaces.len(), 1, "{during:?}");
         assert_eq!(env.taps().len(), 1);
         assert_eq!(env.vm_folders(), [id(&vm)]);
-        namespaces.extend(during.namespaces);
+        namespaces.extend(during.hold_namespaces());
 
         env.ok(&["vm", "stop", "otter"]);
         assert_eq!(env.taps(), Vec::<String>::new());
@@ -93,7 +93,7 @@ fn ten_lives_of_a_vm_leave_the_host_as_it_was() {
     env.ok(&["daemon", "stop"]);
     assert_eq!(env.host(), before);
     for namespace in &namespaces {
-        assert!(!namespace_lives(namespace), "{namespace} is left");
+        assert!(!namespace.is_used(), "{namespace:?} is left");
     }
     // A row would come back with the next daemon.
     assert_eq!(env.vms(), Vec::<Value>::new());
