@@ -15,8 +15,7 @@ use std::thread::JoinHandle;
 
 const MEMORY_MIB: u32 = 4096;
 const KEPT_CONSOLE_BYTES: usize = 4096;
-const KERNEL_ARGUMENTS: &str =
-    "console=ttyS0 reboot=t panic=-1 quiet loglevel=4 cryptomgr.notests mitigations=off";
+const KERNEL_ARGUMENTS: &str = "console=ttyS0 reboot=t panic=-1 quiet loglevel=4 cryptomgr.notests no_timer_check mitigations=off";
 /// A descriptor that the machine's process gets, as QEMU names it.
 const DRIVE: u32 = 1;
 const FIRST_PIPE: u32 = 2;

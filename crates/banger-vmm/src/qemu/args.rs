@@ -12,9 +12,10 @@ use std::path::{Path, PathBuf};
 pub const QMP_SOCKET: &str = "qmp.sock";
 /// The name of the agent's socket in the run folder.
 pub const AGENT_SOCKET: &str = "agent.sock";
-/// The kernel's command line: nothing waits, nothing chatters, a panic resets at once.
+/// The kernel's command line: nothing waits, nothing chatters, a panic resets at once. The kernel's check of its timer
+/// panics where a busy host does not let an emulated one tick in time.
 pub const KERNEL_COMMAND_LINE: &str =
-    "console=ttyS0 reboot=t panic=-1 quiet loglevel=3 cryptomgr.notests";
+    "console=ttyS0 reboot=t panic=-1 quiet loglevel=3 cryptomgr.notests no_timer_check";
 
 /// An emulated CPU with what Debian's userland wants and little more: each feature costs boot time. Without RDRAND
 /// a guest waits a second for its random pool.
@@ -224,7 +225,7 @@ mod tests {
             -accel tcg,thread=single \
             -cpu qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand,+rdseed,+aes,+pclmulqdq \
             -smp 2 -m 512M -bios /usr/share/qemu/qboot.rom -kernel /k/vmlinux -initrd /k/initrd \
-            -append console=ttyS0 reboot=t panic=-1 quiet loglevel=3 cryptomgr.notests audit=0 \
+            -append console=ttyS0 reboot=t panic=-1 quiet loglevel=3 cryptomgr.notests no_timer_check audit=0 \
             -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
             -chardev stdio,id=console,signal=off -serial chardev:console -monitor none \
             -qmp unix:qmp.sock,server=on,wait=off \
