@@ -13,8 +13,21 @@ use serde::{Deserialize, Serialize};
 pub enum Mode {
     /// The daemon is root: the host reaches guests by address.
     Root,
+    /// An ordinary user's daemon; `banger-helper` does what only root may: the host reaches guests by address.
+    Helper,
     /// No root anywhere: guests are reached through the daemon.
     Rootless,
+}
+
+impl Mode {
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Root => "root",
+            Self::Helper => "helper",
+            Self::Rootless => "rootless",
+        }
+    }
 }
 
 /// The daemon as it is now.

@@ -2,11 +2,14 @@
 
 use crate::daemon::{Check, DaemonStatus, DriverInfo, InstallDriver, StopDaemon};
 use crate::event::{Event, FollowEvents};
+use crate::host::{CleanHost, HostObject, Mended};
 use crate::image::{BuildImage, Image};
 use crate::kernel::{ImportKernel, Kernel};
+use crate::network::{ClosePort, DnsStatus, JoinVm, NetworkStatus, PublishPort};
 use crate::operation::Operation;
 use crate::vm::{
-    ConnectVm, CreateVm, DeleteVm, JournalEntry, ListVms, ReadLog, SetVm, StopVm, Vm, WaitVm,
+    ConnectVm, CreateVm, DeleteVm, JournalEntry, ListVms, Outcome, ReadLog, ResetVm, RestoreVms,
+    SetVm, StopVm, UndeleteVm, Vm, WaitVm,
 };
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -116,6 +119,34 @@ endpoints! {
     PostVmKill: "POST" "/v1/vms/{vm}/kill", "vm.kill", Json, Nothing => Vm, "End a VM's VMM at once";
     /// Wait for a VM.
     GetVmWait: "GET" "/v1/vms/{vm}/wait", "vm.wait", Json, WaitVm => Vm, "Wait until a VM is ready, running, stopped or changed";
+    /// Reset a VM.
+    PostVmReset: "POST" "/v1/vms/{vm}/reset", "vm.reset", Json, ResetVm => Vm, "Throw a stopped VM's overlay away; its work disk stays";
+    /// Bring a VM back from the trash.
+    PostVmUndelete: "POST" "/v1/vms/{vm}/undelete", "vm.undelete", Json, UndeleteVm => Vm, "Bring a VM back from the trash";
+    /// Publish a port.
+    PostVmPorts: "POST" "/v1/vms/{vm}/ports", "port.add", Json, PublishPort => Vm, "Lead a port of the host into a VM";
+    /// Close a published port.
+    DeleteVmPorts: "DELETE" "/v1/vms/{vm}/ports", "port.remove", Json, ClosePort => Vm, "Close a published port";
+    /// Join two VMs.
+    PostVmJoins: "POST" "/v1/vms/{vm}/joins", "network.join", Json, JoinVm => Vm, "Let two VMs reach each other";
+    /// Part two VMs.
+    DeleteVmJoins: "DELETE" "/v1/vms/{vm}/joins", "network.leave", Json, JoinVm => Vm, "Let two VMs reach each other no longer";
+    /// Bring VMs back to what is desired.
+    PostRestore: "POST" "/v1/restore", "vm.restore", Json, RestoreVms => Vec<Outcome>, "Start all stopped VMs that are to run";
+    /// Empty the trash.
+    PostTrashEmpty: "POST" "/v1/trash/empty", "trash.empty", Json, Nothing => Vec<Outcome>, "Remove all VMs in the trash for ever";
+    /// Show the network.
+    GetNetwork: "GET" "/v1/network", "network.show", Json, Nothing => NetworkStatus, "Show NAT, published ports and joins";
+    /// Show the names.
+    GetDns: "GET" "/v1/dns", "dns.show", Json, Nothing => DnsStatus, "Show the name server and all names";
+    /// List what is on the host.
+    GetHost: "GET" "/v1/host", "host.list", Json, Nothing => Vec<HostObject>, "List everything that banger has on the host";
+    /// Clean the host.
+    PostHostClean: "POST" "/v1/host/clean", "host.clean", Json, CleanHost => Mended, "Remove everything that banger has on the host; VMs keep their files";
+    /// Repair the host.
+    PostDoctorRepair: "POST" "/v1/doctor/repair", "doctor.repair", Json, Nothing => Mended, "Put right what differs from the records";
+    /// Metrics.
+    GetMetrics: "GET" "/v1/metrics", "metrics.show", Bytes, Nothing => Nothing, "Counters and gauges in Prometheus' text form";
     /// A VM's story.
     GetVmWhy: "GET" "/v1/vms/{vm}/why", "vm.why", Json, Nothing => Vec<JournalEntry>, "Tell what happened to a VM, step by step";
     /// A VM's logs.

@@ -1,8 +1,10 @@
 //! VMs on the wire.
 
+use crate::error::ErrorBody;
 use banger_core::id::{MacAddress, VmId};
 use banger_core::name::VmName;
 use banger_core::phase::{Desired, Phase};
+use banger_core::publish::PublishedPort;
 use banger_core::spec::{Driver, DriverChoice, StorageChoice, VmSpec};
 use jiff::Timestamp;
 use schemars::JsonSchema;
@@ -114,11 +116,18 @@ pub struct CreateVm {
     pub driver: DriverChoice,
     /// The storage driver.
     pub storage: StorageChoice,
+    /// Whether its guest may reach the public internet.
+    pub nat: bool,
+    /// Ports of the host that lead into it.
+    pub ports: Vec<PublishedPort>,
+    /// Start it when the host boots, if it was to run.
+    pub autostart: bool,
     /// Start it at once.
     pub start: bool,
 }
 
-/// A change of a VM's spec; what is missing stays.
+/// A change of a VM; what is missing stays. Name, NAT and autostart can be changed whatever it does, the rest only
+/// while it is stopped.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SetVm {
@@ -126,6 +135,16 @@ pub struct SetVm {
     pub vcpus: Option<u64>,
     /// Memory in MiB, 128 to 32768.
     pub memory_mib: Option<u64>,
+    /// Another name.
+    pub name: Option<String>,
+    /// Another image, by name, id or prefix: its overlay is thrown away, its work disk stays.
+    pub image: Option<String>,
+    /// A larger work disk, in bytes; with it the filesystem grows. Without one before, it gets one.
+    pub disk_bytes: Option<u64>,
+    /// Whether its guest may reach the public internet.
+    pub nat: Option<bool>,
+    /// Whether it starts when the host boots.
+    pub autostart: Option<bool>,
     /// The generation that the change is based on; another one now is a conflict.
     pub generation: Option<u64>,
 }
@@ -154,6 +173,41 @@ pub struct DeleteVm {
     pub force: bool,
     /// Remove record and files for ever instead of keeping them as trash.
     pub purge: bool,
+}
+
+/// How to bring a VM back from the trash.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct UndeleteVm {
+    /// Its name from now on; without it the one it had.
+    pub name: Option<String>,
+}
+
+/// How to reset a VM.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ResetVm {
+    /// Another storage driver for its fresh overlay.
+    pub storage: Option<StorageChoice>,
+}
+
+/// Which VMs to bring back to what is desired.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RestoreVms {
+    /// Those with autostart alone, and only once per boot of the host.
+    pub autostart: bool,
+}
+
+/// What became of one of several VMs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Outcome {
+    /// Its id.
+    pub id: VmId,
+    /// Its name.
+    pub name: VmName,
+    /// What went wrong, if anything did.
+    pub error: Option<ErrorBody>,
 }
 
 /// What to wait for.

@@ -4,6 +4,7 @@ use crate::ensure_daemon;
 use crate::report::{Failure, Outcome};
 use banger_api::client::Client;
 use banger_api::daemon::DaemonStatus;
+use banger_api::endpoint::{GetDaemon, Nothing};
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::paths::{Paths, ProcessEnv};
 use std::path::PathBuf;
@@ -18,7 +19,13 @@ pub(crate) struct Context {
 #[derive(Debug, Clone)]
 pub(crate) struct Daemon {
     pub(crate) client: Client,
-    pub(crate) status: DaemonStatus,
+}
+
+impl Daemon {
+    /// What it says of itself.
+    pub(crate) async fn status(&self) -> Result<DaemonStatus, Failure> {
+        Ok(self.client.call::<GetDaemon>(&[], &Nothing {}).await?)
+    }
 }
 
 impl Context {
@@ -50,7 +57,11 @@ where
     let context = Context::from_env()?;
     block_on(async {
         let daemon = context.daemon().await?;
-        command(context, daemon).await
+        let client = daemon.client.clone();
+        tokio::select! {
+            outcome = command(context, daemon) => outcome,
+            failure = ensure_daemon::silence(&client) => Err(failure),
+        }
     })
 }
 

@@ -1,7 +1,8 @@
 //! Starts the daemon when it is needed.
 //!
-//! Probe the socket; if nobody answers, take the start-up lock, probe again, spawn `bangerd` and read its one line of
-//! readiness. A daemon of another build than the `bangerd` this program would start is stopped first, at most once a
+//! A daemon that listens and whose lock file names the very build that this program would start is used without a
+//! question. Else probe the socket; if nobody answers, take the start-up lock, probe again, spawn `bangerd` and read
+//! its one line of readiness. A daemon of another build than the `bangerd` this program would start is stopped first, at most once a
 //! minute; its VMs run on.
 
 use crate::context::{Daemon, own_program};
@@ -21,6 +22,8 @@ mod spawn;
 
 /// How long a daemon may take to answer a probe.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// How long a command may go without an answer before the daemon is probed.
+const QUIET_LIMIT: Duration = Duration::from_secs(5);
 /// How long another program may hold the start-up lock: it may be waiting for a stale daemon and then for a new one.
 const START_LOCK_LIMIT: Duration = Duration::from_secs(60);
 /// How long a daemon may take to end after it was told to, its VMs aside.
@@ -64,6 +67,9 @@ enum Probe {
 pub(crate) async fn ensure(paths: &Paths, mode: Mode) -> Result<Daemon, Failure> {
     prepare_runtime_dir(paths)?;
     let client = Client::new(paths.socket());
+    if is_ours(paths) {
+        return Ok(Daemon { client });
+    }
     let first = probe(&client).await?;
     if let Some(daemon) = accept(first, &client, paths, mode)? {
         return Ok(daemon);
@@ -125,7 +131,7 @@ fn accept(
     mode: Mode,
 ) -> Result<Option<Daemon>, Failure> {
     match found {
-        Probe::Answers(status, identity) => {
+        Probe::Answers(_, identity) => {
             let replace = mode == Mode::Start
                 && bangerd().is_ok_and(|program| {
                     let ours = DaemonIdentity {
@@ -136,7 +142,6 @@ fn accept(
                 });
             Ok((!replace).then(|| Daemon {
                 client: client.clone(),
-                status: *status,
             }))
         }
         Probe::Foreign(error) if mode == Mode::Never || replaced_lately(paths) => Err(error.into()),
@@ -159,6 +164,26 @@ fn is_stale(running: &DaemonIdentity, ours: &DaemonIdentity) -> bool {
     !ours.build.is_empty()
         && running.build != ours.build
         && numbers(&running.version) <= numbers(&ours.version)
+}
+
+/// Whether a daemon listens that is the build that this program would start. It says so in its lock file, which spares
+/// every command a question; one that hangs is noticed by [`silence`].
+fn is_ours(paths: &Paths) -> bool {
+    let build = std::fs::read_to_string(paths.daemon_lock()).unwrap_or_default();
+    !build.is_empty()
+        && bangerd().is_ok_and(|program| build_id(&program).is_ok_and(|ours| ours == build))
+        && std::os::unix::net::UnixStream::connect(paths.socket()).is_ok()
+}
+
+/// Ends, with what is wrong, if the daemon does not answer at all. A command is worked on for as long as it takes, but
+/// a daemon always answers a probe.
+pub(crate) async fn silence(client: &Client) -> Failure {
+    loop {
+        tokio::time::sleep(QUIET_LIMIT).await;
+        if let Err(failure) = probe(client).await {
+            return failure;
+        }
+    }
 }
 
 async fn probe(client: &Client) -> Result<Probe, Failure> {
@@ -346,7 +371,6 @@ async fn start(client: &Client, paths: &Paths) -> Result<Daemon, Failure> {
             }
             Ok(Daemon {
                 client: client.clone(),
-                status: *status,
             })
         }
         Probe::Foreign(error) => Err(error.into()),

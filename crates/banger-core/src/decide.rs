@@ -2,14 +2,16 @@
 //!
 //! | request | stopped | starting | running | paused | stopping | trashed |
 //! | --- | --- | --- | --- | --- | --- | --- |
-//! | start | run | join | already | deny: resume | deny: wait | deny: trashed |
+//! | start | run | join | already | deny: resume | deny: wait | deny: undelete |
 //! | stop | already | cancel | run (unreachable: deny) | resume and stop (full disk: deny) | join | already |
 //! | kill | already | cancel | run | run | escalate | already |
 //! | restart | run start | join | stop, start | resume, stop, start | then start | deny |
 //! | pause | deny | deny | run | already | deny | deny |
 //! | resume | deny | deny | already | run | deny | deny |
-//! | set | run | deny | deny | deny | deny: wait | deny |
+//! | set what holds at once | run | after the start | run | run | run | deny |
+//! | set all else, reset | run | deny | deny | deny | deny: wait | deny |
 //! | delete | trash | deny: force | deny: force | deny: force | deny: force | already |
+//! | undelete | already | already | already | already | already | run |
 //!
 //! A VM that is running but unreachable may only be killed.
 
@@ -31,12 +33,19 @@ pub enum Request {
     /// Let its vCPUs run on.
     Resume,
     /// Change the spec.
-    Set,
+    Set {
+        /// The change holds at once, whatever the VM does.
+        live: bool,
+    },
+    /// Throw its overlay away.
+    Reset,
     /// Put it into the trash.
     Delete {
         /// Kill it first if it is live.
         force: bool,
     },
+    /// Bring it back from the trash.
+    Undelete,
 }
 
 impl Request {
@@ -49,8 +58,10 @@ impl Request {
             Self::Restart => "restart",
             Self::Pause => "pause",
             Self::Resume => "resume",
-            Self::Set => "set",
+            Self::Set { .. } => "set",
+            Self::Reset => "reset",
             Self::Delete { .. } => "delete",
+            Self::Undelete => "undelete",
         }
     }
 }
@@ -89,12 +100,18 @@ pub enum Action {
     Pause,
     /// Resume it.
     Resume,
-    /// Record the new spec.
+    /// Record the new spec; what holds at once is done at once.
     Set,
+    /// Record the new spec when the start that is under way has ended.
+    SetAfterStart,
+    /// Throw its overlay away.
+    Reset,
     /// Trash it.
     Trash,
     /// End the VMM, then trash it.
     KillThenTrash,
+    /// Bring it back from the trash.
+    Undelete,
 }
 
 /// Why a request is refused. Each says what to do instead.
@@ -255,11 +272,25 @@ pub fn decide(standing: Standing<'_>, request: Request) -> Decision {
         (Request::Resume, Phase::Paused { .. }) => Run(Action::Resume),
         (Request::Pause | Request::Resume, Phase::Stopping { .. }) => Refuse(Deny::Stopping),
 
-        (Request::Set, Phase::Stopped { .. }) => Run(Action::Set),
-        (Request::Set, Phase::Starting { .. } | Phase::Running { .. } | Phase::Paused { .. }) => {
-            Refuse(Deny::Running)
+        (Request::Set { live: true }, Phase::Starting { .. }) => Run(Action::SetAfterStart),
+        (
+            Request::Set { live: true },
+            Phase::Stopped { .. }
+            | Phase::Running { .. }
+            | Phase::Paused { .. }
+            | Phase::Stopping { .. },
+        )
+        | (Request::Set { live: false }, Phase::Stopped { .. }) => Run(Action::Set),
+        (Request::Reset, Phase::Stopped { .. }) => Run(Action::Reset),
+        (
+            Request::Set { live: false } | Request::Reset,
+            Phase::Starting { .. } | Phase::Running { .. } | Phase::Paused { .. },
+        ) => Refuse(Deny::Running),
+        (Request::Set { live: false } | Request::Reset, Phase::Stopping { .. }) => {
+            Refuse(Deny::Stopping)
         }
-        (Request::Set, Phase::Stopping { .. }) => Refuse(Deny::Stopping),
+
+        (Request::Undelete, _) => AlreadyThere,
 
         (Request::Delete { .. }, Phase::Stopped { .. }) => Run(Action::Trash),
         (
@@ -282,9 +313,13 @@ pub fn decide(standing: Standing<'_>, request: Request) -> Decision {
 fn decide_trashed(request: Request) -> Decision {
     match request {
         Request::Stop | Request::Kill | Request::Delete { .. } => Decision::AlreadyThere,
-        Request::Start | Request::Restart | Request::Pause | Request::Resume | Request::Set => {
-            Decision::Deny(Deny::Trashed)
-        }
+        Request::Undelete => Decision::Run(Action::Undelete),
+        Request::Start
+        | Request::Restart
+        | Request::Pause
+        | Request::Resume
+        | Request::Set { .. }
+        | Request::Reset => Decision::Deny(Deny::Trashed),
     }
 }
 
@@ -324,16 +359,19 @@ mod tests {
         phases
     }
 
-    const REQUESTS: [Request; 9] = [
+    const REQUESTS: [Request; 12] = [
         Request::Start,
         Request::Stop,
         Request::Kill,
         Request::Restart,
         Request::Pause,
         Request::Resume,
-        Request::Set,
+        Request::Set { live: false },
+        Request::Set { live: true },
+        Request::Reset,
         Request::Delete { force: false },
         Request::Delete { force: true },
+        Request::Undelete,
     ];
 
     #[test]
@@ -348,7 +386,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unreachable_vm_may_only_be_killed() {
+    fn an_unreachable_vm_may_only_be_killed_and_be_given_or_denied_the_network() {
         let phase = Phase::Running {
             ready: true,
             reachable: false,
@@ -357,7 +395,14 @@ mod tests {
             .into_iter()
             .filter(|&r| matches!(decide(Standing::Live(&phase), r), Decision::Run(_)))
             .collect();
-        assert_eq!(allowed, [Request::Kill, Request::Delete { force: true }]);
+        assert_eq!(
+            allowed,
+            [
+                Request::Kill,
+                Request::Set { live: true },
+                Request::Delete { force: true }
+            ]
+        );
     }
 
     #[test]
@@ -369,9 +414,9 @@ mod tests {
     }
 
     #[test]
-    fn nothing_but_a_stopped_vm_is_changed_or_started() {
+    fn nothing_but_a_stopped_vm_is_started_reset_or_changed_at_its_roots() {
         for phase in phases().iter().filter(|p| p.is_live()) {
-            for request in [Request::Set, Request::Start] {
+            for request in [Request::Set { live: false }, Request::Reset, Request::Start] {
                 assert!(
                     !matches!(decide(Standing::Live(phase), request), Decision::Run(_)),
                     "{phase:?} {request:?}"
@@ -400,14 +445,18 @@ mod tests {
     proptest! {
         /// What a verb leads to, asked for again, is no new work: stop after stop, start after start, …
         #[test]
-        fn asking_twice_does_nothing_twice(index in 0usize..10, request in 0usize..9) {
+        fn asking_twice_does_nothing_twice(index in 0usize..10, request in 0usize..12) {
             let request = REQUESTS[request];
             let settled = match request {
                 Request::Start => Phase::Running { ready: false, reachable: true },
                 Request::Stop | Request::Kill => Phase::Stopped { why: StopReason::Asked },
                 Request::Pause => Phase::Paused { by: PausedBy::Person },
                 Request::Resume => Phase::Running { ready: true, reachable: true },
-                Request::Restart | Request::Set | Request::Delete { .. } => return Ok(()),
+                Request::Restart
+                | Request::Set { .. }
+                | Request::Reset
+                | Request::Delete { .. }
+                | Request::Undelete => return Ok(()),
             };
             if matches!(decide(Standing::Live(&phases()[index]), request), Decision::Run(_)) {
                 prop_assert_eq!(decide(Standing::Live(&settled), request), Decision::AlreadyThere);

@@ -7,6 +7,7 @@ pub mod decide;
 pub mod id;
 pub mod name;
 pub mod phase;
+pub mod publish;
 pub mod size;
 pub mod spec;
 pub mod watermark;

@@ -1,9 +1,12 @@
 //! What a person asked for. A [`VmSpec`] can only be obtained valid.
 
-use crate::id::{ImageId, KernelId};
+use crate::id::{ImageId, KernelId, VmId};
+use crate::publish::{Protocol, PublishedPort};
 use crate::size::{DiskBytes, MemoryMib, VcpuCount};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
 
 /// A VMM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
@@ -173,21 +176,59 @@ pub struct VmSpec {
     pub driver: DriverChoice,
     /// The storage driver, resolved at creation.
     pub storage: Storage,
+    /// Whether its guest may reach the public internet.
+    #[serde(default)]
+    pub nat: bool,
+    /// Ports of the host that lead into the guest, in order, none twice.
+    #[serde(default)]
+    pub ports: BTreeSet<PublishedPort>,
+    /// Other VMs that this one and they may reach. Said by one of the two, it holds for both.
+    #[serde(default)]
+    pub joins: BTreeSet<VmId>,
+    /// Started when the host boots, if it was to run.
+    #[serde(default)]
+    pub autostart: bool,
 }
 
 /// A change of a spec; what is `None` stays.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct VmSpecPatch {
+    /// What the next boot takes.
+    pub boot: BootPatch,
+    /// What holds at once.
+    pub live: LivePatch,
+}
+
+/// A change that a VM must be stopped for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BootPatch {
     /// A new number of vCPUs.
     pub vcpus: Option<VcpuCount>,
     /// A new amount of memory.
     pub memory_mib: Option<MemoryMib>,
 }
 
+/// A change that holds at once, whatever the VM does.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LivePatch {
+    /// Whether its guest may reach the public internet.
+    pub nat: Option<bool>,
+    /// A port to publish.
+    pub publish: Option<PublishedPort>,
+    /// A port to close: protocol and place on the host.
+    pub unpublish: Option<(Protocol, SocketAddr)>,
+    /// A VM to join.
+    pub join: Option<VmId>,
+    /// A VM to leave.
+    pub leave: Option<VmId>,
+    /// Whether it starts when the host boots.
+    pub autostart: Option<bool>,
+}
+
 impl VmSpecPatch {
-    /// Whether the patch changes nothing.
-    pub fn is_empty(&self) -> bool {
-        *self == Self::default()
+    /// Whether it can be done whatever the VM does.
+    pub fn is_live(&self) -> bool {
+        self.boot == BootPatch::default()
     }
 }
 
@@ -195,11 +236,22 @@ impl VmSpec {
     /// The spec with `patch` applied.
     #[must_use]
     pub fn patched(&self, patch: &VmSpecPatch) -> Self {
-        Self {
-            vcpus: patch.vcpus.unwrap_or(self.vcpus),
-            memory_mib: patch.memory_mib.unwrap_or(self.memory_mib),
-            ..self.clone()
+        let VmSpecPatch { boot, live } = patch;
+        let mut spec = self.clone();
+        spec.vcpus = boot.vcpus.unwrap_or(spec.vcpus);
+        spec.memory_mib = boot.memory_mib.unwrap_or(spec.memory_mib);
+        spec.nat = live.nat.unwrap_or(spec.nat);
+        spec.autostart = live.autostart.unwrap_or(spec.autostart);
+        spec.ports.extend(live.publish.clone());
+        if let Some(closed) = live.unpublish {
+            spec.ports
+                .retain(|port| (port.protocol, port.listen) != closed);
         }
+        spec.joins.extend(live.join);
+        if let Some(left) = live.leave {
+            spec.joins.remove(&left);
+        }
+        spec
     }
 }
 

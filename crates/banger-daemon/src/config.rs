@@ -1,9 +1,11 @@
 //! `config.toml`: the person's settings. A missing file means the defaults; an unknown key is an error.
 
+use banger_api::daemon::Mode;
 use banger_core::addr::{Ipv4Net, Pool};
 use banger_core::spec::{DriverChoice, StorageChoice};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// All settings.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -12,7 +14,34 @@ pub(crate) struct Config {
     pub(crate) network: NetworkConfig,
     pub(crate) driver: DriverConfig,
     pub(crate) storage: StorageConfig,
+    pub(crate) trash: TrashConfig,
     pub(crate) defaults: Defaults,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(crate) struct TrashConfig {
+    /// How long a deleted VM can be brought back, as `7d`.
+    #[serde(deserialize_with = "duration")]
+    pub(crate) keep: Duration,
+}
+
+impl Default for TrashConfig {
+    fn default() -> Self {
+        Self {
+            keep: Duration::from_secs(7 * 24 * 3600),
+        }
+    }
+}
+
+/// A duration as people write it, `7d` or `12h 30m`; a day has 24 hours.
+fn duration<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    use serde::de::Error;
+    let span = jiff::Span::deserialize(deserializer)?;
+    let signed = span
+        .to_duration(jiff::SpanRelativeTo::days_are_24_hours())
+        .map_err(D::Error::custom)?;
+    Duration::try_from(signed).map_err(D::Error::custom)
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -20,6 +49,10 @@ pub(crate) struct Config {
 pub(crate) struct NetworkConfig {
     /// The instance's /20; chosen once if it is not set.
     pub(crate) pool: Option<Ipv4Net>,
+    /// How the daemon gets what only root may do; the best that there is if it is not set.
+    pub(crate) mode: Option<Mode>,
+    /// `pasta`'s program instead of the one on `PATH`.
+    pub(crate) pasta: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -132,6 +165,11 @@ mod tests {
             load("[network]\npool = \"172.20.0.0/24\""),
             Err(ConfigError::Pool { .. })
         ));
+        assert!(load("[trash]\nkeep = \"soon\"").is_err());
+        assert_eq!(
+            load("[trash]\nkeep = \"2d 12h\"").unwrap().trash.keep,
+            Duration::from_secs(60 * 3600)
+        );
         let config =
             load("[network]\npool = \"172.20.0.0/20\"\n[driver]\nchoice = \"qemu\"").unwrap();
         assert_eq!(

@@ -1,14 +1,15 @@
 //! Between the wire and the domain, in one place.
 
-use crate::vm::View;
+use crate::images::ImageRecord;
 use crate::vm::files::VmFiles;
+use crate::vm::{Change, View};
 use crate::world::World;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::vm::{SetVm, Vm};
 use banger_core::decide::{Deny, Request};
 use banger_core::name::VmName;
 use banger_core::size::{DiskBytes, MemoryMib, SizeError, VcpuCount};
-use banger_core::spec::VmSpecPatch;
+use banger_core::spec::{BootPatch, LivePatch, VmSpecPatch};
 
 /// A VM on the wire.
 pub(crate) fn vm(world: &World, view: &View) -> Vm {
@@ -63,11 +64,29 @@ pub(crate) fn disk(value: u64) -> Result<DiskBytes, ErrorBody> {
     DiskBytes::new(value).map_err(|error| invalid(&error))
 }
 
-/// A change of a spec.
-pub(crate) fn patch(request: &SetVm) -> Result<VmSpecPatch, ErrorBody> {
+/// A change of a VM; `image` is the one that the request names.
+pub(crate) fn change(request: &SetVm, image: Option<ImageRecord>) -> Result<Change, ErrorBody> {
+    let name = request.name.as_deref().map(VmName::new).transpose();
+    Ok(Change {
+        patch: patch(request)?,
+        name: name.map_err(|error| invalid(&error))?,
+        image,
+        disk_bytes: request.disk_bytes.map(disk).transpose()?,
+        generation: request.generation,
+    })
+}
+
+fn patch(request: &SetVm) -> Result<VmSpecPatch, ErrorBody> {
     Ok(VmSpecPatch {
-        vcpus: request.vcpus.map(vcpus).transpose()?,
-        memory_mib: request.memory_mib.map(memory).transpose()?,
+        boot: BootPatch {
+            vcpus: request.vcpus.map(vcpus).transpose()?,
+            memory_mib: request.memory_mib.map(memory).transpose()?,
+        },
+        live: LivePatch {
+            nat: request.nat,
+            autostart: request.autostart,
+            ..LivePatch::default()
+        },
     })
 }
 
@@ -122,7 +141,7 @@ pub(crate) fn denied(name: &VmName, deny: Deny, request: Request) -> ErrorBody {
         Deny::Trashed => (
             ErrorCode::WrongPhase,
             "it is in the trash",
-            format!("`banger vm delete --purge {name}` removes it for ever"),
+            format!("`banger vm undelete {name}` brings it back"),
         ),
     };
     ErrorBody::new(code, format!("cannot {verb} `{name}`: {why}")).hint(hint)

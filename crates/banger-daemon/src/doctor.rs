@@ -3,6 +3,7 @@
 use crate::drivers::describe_kvm;
 use crate::server::App;
 use banger_api::daemon::{Check, Mode, Verdict};
+use banger_api::host::Mended;
 use banger_host::probe;
 use banger_image::image::ROOT_IMAGE;
 
@@ -28,6 +29,36 @@ pub(crate) async fn run(app: &App) -> Vec<Check> {
     checks
 }
 
+/// Puts right what differs from the records. VMs that are stopped have nothing on the host but what is left over.
+pub(crate) async fn repair(app: &App) -> Mended {
+    let mut mended = Mended::default();
+    match app.world.network.repair().await {
+        Ok(done) => mended.done.extend(done),
+        Err(error) => mended.left.push(banger_host::error_chain(&error)),
+    }
+    let objects = match crate::ledger::list(app).await {
+        Ok(objects) => objects,
+        Err(error) => {
+            mended.left.push(error.message);
+            return mended;
+        }
+    };
+    for object in objects.iter().filter(|object| !object.expected) {
+        let text = format!("{} {} of {}", object.kind, object.name, object.owner);
+        if object.kind != "tap" {
+            mended.left.push(text);
+            continue;
+        }
+        match app.world.network.release(object.name.clone()).await {
+            Ok(()) => mended.done.push(format!("removed {text}")),
+            Err(error) => mended
+                .left
+                .push(format!("{text}: {}", banger_host::error_chain(&error))),
+        }
+    }
+    mended
+}
+
 fn look(app: &App) -> Vec<Check> {
     let world = &app.world;
     let mut checks = Vec::new();
@@ -36,6 +67,12 @@ fn look(app: &App) -> Vec<Check> {
             "mode",
             Verdict::Good,
             "root: the host reaches guests by address",
+            None,
+        ),
+        Mode::Helper => check(
+            "mode",
+            Verdict::Good,
+            "helper: `banger-helper` does what only root may, so the host reaches guests by address",
             None,
         ),
         Mode::Rootless => check(
@@ -199,13 +236,13 @@ fn tun() -> Check {
 }
 
 async fn network(app: &App) -> Check {
-    match app.world.network.list().await {
-        Ok(ports) => check(
+    match app.world.network.now().await {
+        Ok(now) => check(
             "network",
             Verdict::Good,
             format!(
                 "{} port(s) of {}",
-                ports.len(),
+                now.ports.len(),
                 app.world.instance.pool.network()
             ),
             None,

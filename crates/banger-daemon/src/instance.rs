@@ -91,9 +91,32 @@ pub(crate) fn load(
     Ok((instance, origin))
 }
 
+/// Whether no daemon of this state folder has come up since the host was booted. Asked once, it is so no longer.
+pub(crate) fn first_start_of_boot(state: &Path, boot_id: &str) -> bool {
+    let path = state.join("boot");
+    if std::fs::read_to_string(&path).is_ok_and(|last| last == boot_id) {
+        return false;
+    }
+    let noted = banger_host::storage::replace_file(&path, boot_id.as_bytes(), 0o600);
+    if let Err(error) = &noted {
+        // Else they would be started again and again.
+        tracing::warn!(path = %path.display(), %error, "VMs with autostart are not started");
+    }
+    noted.is_ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_the_first_start_of_a_boot_is_the_first() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(first_start_of_boot(folder.path(), "one"));
+        assert!(!first_start_of_boot(folder.path(), "one"));
+        assert!(first_start_of_boot(folder.path(), "two"));
+        assert!(!first_start_of_boot(Path::new("/nonexistent"), "two"));
+    }
 
     #[test]
     fn a_copied_state_folder_becomes_an_instance_of_its_own() {

@@ -9,6 +9,7 @@ use crate::events::Hub;
 use crate::images::{Images, store_error};
 use crate::instance::{self, Origin};
 use crate::log::{self, BoundedLog};
+use crate::names::{self, Names};
 use crate::network::{Network, NetworkSetup};
 use crate::operations::Operations;
 use crate::record::VmRecord;
@@ -19,14 +20,16 @@ use crate::store::{Opened, Store};
 use crate::vm::actor::{self, Found};
 use crate::vm::files::make_folder;
 use crate::world::{Programs, World};
-use crate::{keys, rescue};
+use crate::{keys, rescue, trash};
 use banger_api::daemon::Mode;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::paths::{Env, Paths, ProcessEnv, find_program};
 use banger_api::version::build_id;
+use banger_dns::Zone;
+use banger_host::host_side::HostSide;
 use jiff::Timestamp;
 use std::fs::File;
-use std::io::Write;
+use std::io::{Seek, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::process::ExitCode;
@@ -100,8 +103,8 @@ async fn run() -> Result<(), ErrorBody> {
     ] {
         make_folder(folder).map_err(|error| unfit("make", folder, &error))?;
     }
-    // Never let go of: it is free when the process is gone, which is what those who wait for it wait for.
-    std::mem::forget(take_lock(&paths)?);
+    let lock = take_lock(&paths)?;
+    say_build(&lock, "");
     let log = BoundedLog::open(&paths.daemon_log())
         .map_err(|error| unfit("open", &paths.daemon_log(), &error))?;
     log::init(log);
@@ -128,6 +131,7 @@ async fn run() -> Result<(), ErrorBody> {
             world.shutdown.send_replace(true);
         }
     });
+    say_build(&lock, &world.build);
     let watcher = tokio::spawn(keep_socket(paths.socket(), app.clone()));
     announce(&serde_json::json!({ "ready": true }));
     let server = tokio::spawn(server::serve(listener, app.clone(), async move {
@@ -137,6 +141,9 @@ async fn run() -> Result<(), ErrorBody> {
     let mut down = world.shutdown.subscribe();
     let _ = down.wait_for(|down| *down).await;
     tracing::info!("going down");
+    say_build(&lock, "");
+    // Never let go of: it is free when the process is gone, which is what those who wait for it wait for.
+    std::mem::forget(lock);
     watcher.abort();
     world.operations.cancel_all().await;
     // Requests under way get a moment to be answered; a stream that nobody reads must not keep the daemon alive.
@@ -171,6 +178,18 @@ fn take_lock(paths: &Paths) -> Result<File, ErrorBody> {
         .hint("`banger daemon status` shows it; `banger daemon restart` replaces it")
     })?;
     Ok(file)
+}
+
+/// Leaves word in the lock file which build serves, for clients that would else have to ask.
+fn say_build(mut lock: &File, build: &str) {
+    let said = lock
+        .set_len(0)
+        .and_then(|()| lock.rewind())
+        .and_then(|()| lock.write_all(build.as_bytes()));
+    if let Err(error) = said {
+        // Clients ask then.
+        tracing::debug!(%error, "the lock file does not name the build");
+    }
 }
 
 /// Binds the socket; one that nobody serves is replaced, since the lock is ours.
@@ -289,15 +308,21 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
         tracing::warn!(notice, "found at start-up");
     }
     let authorized_key = keys::ensure_own(&paths.ssh()).map_err(|error| internal(&error))?;
-    let mode = if ProcessEnv.uid() == 0 {
-        Mode::Root
-    } else {
-        Mode::Rootless
-    };
+    let (mode, host) = host_side(config.network.mode)?;
+    // Two: a server that is being started, and its successor.
+    let names = Names::new(Zone::new(instance.pool), paths.state.join("records.json"));
+    let (servers, sockets) = tokio::sync::mpsc::channel(2);
     let network = Network::start(NetworkSetup {
         instance: instance.id,
         pool: instance.pool,
         mode,
+        host,
+        pasta: config
+            .network
+            .pasta
+            .clone()
+            .unwrap_or_else(|| "pasta".into()),
+        names: servers,
         keeper_program: programs.keeper.clone(),
         keeper_socket: paths.keeper_socket(),
     });
@@ -325,6 +350,7 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
         store,
         hub: Hub::new(u64::try_from(Timestamp::now().as_microsecond()).unwrap_or_default()),
         network,
+        names,
         images,
         operations: Arc::new(Operations::default()),
         authorized_key,
@@ -351,7 +377,56 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
     }
     remove_foreign_ports(&world, &registry).await;
     tokio::spawn(watermark::watch(Arc::clone(&world), Arc::clone(&registry)));
-    Ok(App { world, registry })
+    let app = App { world, registry };
+    tokio::spawn(names::keep_serving(app.clone(), sockets));
+    tokio::spawn(settle(app.clone()));
+    tokio::spawn(trash::keep_emptying(app.clone()));
+    Ok(app)
+}
+
+/// Who does what only root may, and what that makes possible.
+fn host_side(wanted: Option<Mode>) -> Result<(Mode, Option<HostSide>), ErrorBody> {
+    if wanted == Some(Mode::Rootless) && ProcessEnv.uid() != 0 {
+        return Ok((Mode::Rootless, None));
+    }
+    let (mode, host) = match HostSide::find() {
+        Some(host @ HostSide::InProcess(_)) => (Mode::Root, Some(host)),
+        Some(host @ HostSide::Helper(_)) => (Mode::Helper, Some(host)),
+        None => (Mode::Rootless, None),
+    };
+    match wanted {
+        Some(wanted) if wanted != mode => {
+            let message = format!(
+                "the settings ask for {} mode, and this is {} mode",
+                wanted.name(),
+                mode.name()
+            );
+            Err(ErrorBody::new(ErrorCode::HostUnfit, message).hint(
+                "root mode needs root, helper mode needs `banger-helper`; without `mode` in config.toml the best one is taken",
+            ))
+        }
+        _ => Ok((mode, host)),
+    }
+}
+
+/// What nobody waits for at the start: leftovers on the host go, and VMs with autostart come back, once per boot of
+/// the host.
+async fn settle(app: App) {
+    if let Err(error) = app.world.network.settle().await {
+        let error = banger_host::error_chain(&error);
+        tracing::warn!(error, "what is left of the network on the host stays");
+    }
+    if !instance::first_start_of_boot(&app.world.paths.state, &app.world.boot_id) {
+        return;
+    }
+    for outcome in app.registry.restore(true).await {
+        match outcome.error {
+            None => tracing::info!(vm = %outcome.id, name = %outcome.name, "started with the host"),
+            Some(error) => {
+                tracing::warn!(vm = %outcome.id, error = error.message, "not started with the host")
+            }
+        }
+    }
 }
 
 /// Gives VMs whose address is not of this instance's pool another one: the state folder was copied, or the pool
@@ -384,8 +459,8 @@ async fn readdress(world: &World, mut records: Vec<VmRecord>) -> Result<Vec<VmRe
 
 /// Ports of our namespace that belong to no VM are left from a VM whose record is gone: they go.
 async fn remove_foreign_ports(world: &World, registry: &Registry) {
-    let ports = match world.network.list().await {
-        Ok(ports) => ports,
+    let ports = match world.network.now().await {
+        Ok(now) => now.ports,
         Err(error) => {
             tracing::warn!(
                 error = banger_host::error_chain(&error),

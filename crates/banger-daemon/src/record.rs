@@ -1,5 +1,6 @@
 //! A VM's durable facts: the row, and its mirror in `vm.json`.
 
+use crate::network::PortPlan;
 use banger_api::vm::BootTimes;
 use banger_core::id::VmId;
 use banger_core::name::VmName;
@@ -36,6 +37,9 @@ pub(crate) struct VmRecord {
     pub(crate) last_attempt: Option<String>,
     /// It has been started at least once: its files hold data, and a missing one is an error.
     pub(crate) started_once: bool,
+    /// Its overlay was thrown away and is not yet made anew: that comes before its next start.
+    #[serde(default)]
+    pub(crate) reset_pending: bool,
     pub(crate) boot: Option<BootTimes>,
     pub(crate) created_at: Timestamp,
     pub(crate) trashed_at: Option<Timestamp>,
@@ -89,6 +93,17 @@ impl VmRecord {
         };
         let bytes = serde_json::to_vec_pretty(&file)?;
         replace_unsynced(&path, &bytes)
+    }
+
+    /// What it has of the network while it lives.
+    pub(crate) fn port_plan(&self) -> PortPlan {
+        PortPlan {
+            vm: self.id,
+            address: self.address,
+            nat: self.spec.nat,
+            ports: self.spec.ports.clone(),
+            joins: self.spec.joins.clone(),
+        }
     }
 
     /// Reads the mirror in `folder`.

@@ -7,16 +7,18 @@ use crate::keys;
 use crate::record::VmRecord;
 use crate::storage::{self, Layer};
 use crate::vm::actor::{self, Found};
+use crate::vm::changing::port_taken;
 use crate::vm::files::{self, VmFiles, io_error};
-use crate::vm::{Ask, Handle};
+use crate::vm::{Ask, Change, Handle, View};
 use crate::world::World;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::event::EventKind;
-use banger_api::vm::CreateVm;
+use banger_api::vm::{CreateVm, Outcome};
 use banger_core::decide::Request;
 use banger_core::id::VmId;
 use banger_core::name::VmName;
-use banger_core::phase::{Desired, StopReason};
+use banger_core::phase::{Desired, Phase, StopReason};
+use banger_core::publish::PublishedPort;
 use banger_core::size::DiskBytes;
 use banger_core::spec::{
     DEFAULT_MEMORY_MIB, DEFAULT_OVERLAY_BYTES, DEFAULT_VCPUS, DEFAULT_VCPUS_EMULATED, DriverChoice,
@@ -25,7 +27,7 @@ use banger_core::spec::{
 use banger_core::words::free_name;
 use banger_vmm::driver::Accelerator;
 use jiff::Timestamp;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
@@ -46,6 +48,43 @@ struct State {
     last_address: Option<Ipv4Addr>,
     /// Creations by idempotency key.
     created: HashMap<String, VmId>,
+}
+
+/// Asks several VMs the same, a few at a time so that a host with two cores is not asked to boot twenty guests at
+/// once.
+async fn each(handles: Vec<Handle>, ask: Ask) -> Vec<Outcome> {
+    const AT_ONCE: usize = 4;
+    let mut outcomes = Vec::new();
+    for some in handles.chunks(AT_ONCE) {
+        let mut asked = tokio::task::JoinSet::new();
+        for handle in some.iter().cloned() {
+            let ask = ask.clone();
+            asked.spawn(async move {
+                let name = handle.latest().record.name.clone();
+                let error = handle.ask(ask).await.err();
+                Outcome {
+                    id: handle.id,
+                    name,
+                    error,
+                }
+            });
+        }
+        outcomes.extend(asked.join_all().await);
+    }
+    outcomes.sort_by(|one, other| one.name.cmp(&other.name));
+    outcomes
+}
+
+/// A name that nobody else may take, until it is dropped.
+struct HeldName {
+    registry: Arc<Registry>,
+    name: VmName,
+}
+
+impl Drop for HeldName {
+    fn drop(&mut self) {
+        self.registry.state().reserved_names.remove(&self.name);
+    }
 }
 
 /// A name and an address, given back unless a VM took them.
@@ -107,25 +146,151 @@ impl Registry {
 
     /// Finds a VM by name, id or prefix of either. Those in the trash are found only if no other fits.
     pub(crate) fn find(&self, query: &str) -> Result<Handle, ErrorBody> {
-        let look = |trash| {
-            let handles = self.list(trash);
-            let named: Vec<(String, Handle)> = handles
-                .into_iter()
-                .map(|handle| (handle.latest().record.name.to_string(), handle))
-                .collect();
-            find(
-                "VM",
-                query,
-                &named,
-                |(name, _)| Some(name.clone()),
-                |(_, handle)| handle.id.to_string(),
-            )
-            .map(|(_, handle)| handle.clone())
-        };
-        match look(false) {
-            Err(error) if error.code == ErrorCode::NotFound => look(true).map_err(|_| error),
+        match self.find_among(query, false) {
+            Err(error) if error.code == ErrorCode::NotFound => {
+                self.find_among(query, true).map_err(|_| error)
+            }
             found => found,
         }
+    }
+
+    fn find_among(&self, query: &str, trash: bool) -> Result<Handle, ErrorBody> {
+        let handles = self.list(trash);
+        let named: Vec<(String, Handle)> = handles
+            .into_iter()
+            .map(|handle| (handle.latest().record.name.to_string(), handle))
+            .collect();
+        find(
+            "VM",
+            query,
+            &named,
+            |(name, _)| Some(name.clone()),
+            |(_, handle)| handle.id.to_string(),
+        )
+        .map(|(_, handle)| handle.clone())
+    }
+
+    /// Finds a VM in the trash first, else any.
+    pub(crate) fn find_trashed(&self, query: &str) -> Result<Handle, ErrorBody> {
+        let trashed = self.find_among(query, true);
+        match trashed {
+            Err(error) if error.code == ErrorCode::NotFound => {
+                self.find_among(query, false).map_err(|_| error)
+            }
+            found => found,
+        }
+    }
+
+    /// Whether another VM that is not in the trash has a port at the same place of the host.
+    fn refuse_collisions(
+        &self,
+        own: VmId,
+        ports: &BTreeSet<PublishedPort>,
+    ) -> Result<(), ErrorBody> {
+        for handle in self.list(false).iter().filter(|handle| handle.id != own) {
+            let record = handle.latest().record;
+            for port in ports {
+                let other = record.spec.ports.iter().find(|other| other.collides(port));
+                if let Some(other) = other {
+                    return Err(port_taken(port, other, &record.name));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Changes a VM. A new name is held until the change is made, so that nobody else takes it.
+    pub(crate) async fn change(
+        self: &Arc<Self>,
+        handle: &Handle,
+        change: Change,
+    ) -> Result<View, ErrorBody> {
+        if let Some(port) = &change.patch.live.publish {
+            self.refuse_collisions(handle.id, &BTreeSet::from([port.clone()]))?;
+        }
+        let _held = match &change.name {
+            Some(name) if *name != handle.latest().record.name => Some(self.hold_name(name)?),
+            _ => None,
+        };
+        let request = change.request();
+        handle
+            .ask(Ask {
+                change,
+                ..Ask::new(request)
+            })
+            .await
+    }
+
+    /// Brings a VM back from the trash, under another name if its own is taken and one was given.
+    pub(crate) async fn undelete(
+        self: &Arc<Self>,
+        handle: &Handle,
+        name: Option<VmName>,
+    ) -> Result<View, ErrorBody> {
+        let record = handle.latest().record;
+        if record.trashed_at.is_none() {
+            return Ok(handle.latest());
+        }
+        let wanted = name.clone().unwrap_or_else(|| record.name.clone());
+        let _held = self.hold_name(&wanted).map_err(|error| {
+            error.hint(format!(
+                "`banger vm undelete --name OTHER {}` brings it back under another name",
+                record.id
+            ))
+        })?;
+        self.refuse_collisions(handle.id, &record.spec.ports)?;
+        handle
+            .ask(Ask {
+                name,
+                ..Ask::new(Request::Undelete)
+            })
+            .await
+    }
+
+    fn hold_name(self: &Arc<Self>, name: &VmName) -> Result<HeldName, ErrorBody> {
+        let mut state = self.state();
+        let taken = state.reserved_names.contains(name)
+            || state.handles.values().any(|handle| {
+                let view = handle.view.borrow();
+                !view.purged && view.record.trashed_at.is_none() && view.record.name == *name
+            });
+        if taken {
+            return Err(ErrorBody::new(
+                ErrorCode::NameTaken,
+                format!("there is already a VM `{name}`"),
+            ));
+        }
+        state.reserved_names.insert(name.clone());
+        Ok(HeldName {
+            registry: Arc::clone(self),
+            name: name.clone(),
+        })
+    }
+
+    /// Starts all stopped VMs that are to run; of those with autostart alone, if asked.
+    pub(crate) async fn restore(&self, autostart: bool) -> Vec<Outcome> {
+        let wanted = self.list(false).into_iter().filter(|handle| {
+            let view = handle.view.borrow();
+            matches!(view.phase, Phase::Stopped { .. })
+                && view.record.desired == Desired::On
+                && (!autostart || view.record.spec.autostart)
+        });
+        each(wanted.collect(), Ask::new(Request::Start)).await
+    }
+
+    /// Removes all VMs in the trash for ever; those alone that have been there since before `until`, if it is given.
+    pub(crate) async fn empty_trash(&self, until: Option<Timestamp>) -> Vec<Outcome> {
+        let old = self.list(true).into_iter().filter(|handle| {
+            let trashed_at = handle.view.borrow().record.trashed_at;
+            until.is_none_or(|until| trashed_at.is_some_and(|at| at <= until))
+        });
+        let purge = Ask {
+            purge: true,
+            ..Ask::new(Request::Delete { force: false })
+        };
+        let outcomes = each(old.collect(), purge).await;
+        self.forget_purged();
+        outcomes
     }
 
     fn reserve(
@@ -237,6 +402,7 @@ impl Registry {
         let record =
             record.unwrap_or_else(|error| Err(ErrorBody::from_error(ErrorCode::Internal, &error)));
         let (record, reservation) = match record.and_then(|draft| {
+            self.refuse_collisions(id, &draft.spec.ports)?;
             let reservation = self.reserve(world, name, key)?;
             Ok((draft.complete(&reservation), reservation))
         }) {
@@ -265,6 +431,20 @@ impl Registry {
         });
         Ok(handle)
     }
+}
+
+/// The ports of a request, none of which may stand in another's way.
+fn published(ports: &[PublishedPort]) -> Result<BTreeSet<PublishedPort>, ErrorBody> {
+    let mut published = BTreeSet::<PublishedPort>::new();
+    for port in ports {
+        if let Some(other) = published.iter().find(|other| other.collides(port)) {
+            let message = format!("the ports {other} and {port} want the same place on the host");
+            return Err(ErrorBody::new(ErrorCode::InvalidRequest, message)
+                .hint("give one of them another port of the host"));
+        }
+        published.insert(port.clone());
+    }
+    Ok(published)
 }
 
 /// Checks the request and everything it names.
@@ -306,6 +486,7 @@ fn draft(
         .unwrap_or(DEFAULT_NAME);
     let image = world.images.pin_image(image_query, id)?;
     let kernel = world.images.pin_kernel(kernel_query, id)?;
+    let ports = published(&request.ports)?;
     let driver = match request.driver {
         DriverChoice::Auto => world.config.driver.choice,
         asked => asked,
@@ -342,6 +523,10 @@ fn draft(
         disk_bytes,
         driver,
         storage,
+        nat: request.nat,
+        ports,
+        joins: BTreeSet::new(),
+        autostart: request.autostart,
     };
     Ok(Draft {
         id,
@@ -382,6 +567,7 @@ impl Draft {
             last_stop: StopReason::NeverStarted,
             last_attempt: None,
             started_once: false,
+            reset_pending: false,
             boot: None,
             created_at: Timestamp::now(),
             trashed_at: None,

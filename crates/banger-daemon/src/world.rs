@@ -5,6 +5,7 @@ use crate::drivers::Drivers;
 use crate::events::Hub;
 use crate::images::Images;
 use crate::instance::Instance;
+use crate::names::Names;
 use crate::network::Network;
 use crate::operations::Operations;
 use crate::storage::StorageHost;
@@ -36,6 +37,7 @@ pub(crate) struct World {
     pub(crate) store: Store,
     pub(crate) hub: Hub,
     pub(crate) network: Network,
+    pub(crate) names: Names,
     pub(crate) images: Arc<Images>,
     pub(crate) drivers: Drivers,
     pub(crate) storage: StorageHost,

@@ -7,7 +7,6 @@
 
 pub mod context;
 pub mod error;
-pub mod grow;
 pub mod image;
 pub mod kernel;
 pub mod store;

@@ -113,6 +113,12 @@ impl Images {
         catalog.pins.entry(kernel.as_uuid()).or_default().insert(vm);
     }
 
+    /// Makes these all that `vm` pins.
+    pub(crate) fn repin(&self, image: ImageId, kernel: KernelId, vm: VmId) {
+        self.unpin(vm);
+        self.pin_known(image, kernel, vm);
+    }
+
     /// Forgets all pins of `vm`.
     pub(crate) fn unpin(&self, vm: VmId) {
         for pins in self.catalog().pins.values_mut() {

@@ -1,5 +1,6 @@
 //! The HTTP server on the daemon's socket: one route an endpoint, built from the same trait as the client.
 
+mod host_routes;
 mod routes;
 mod streams;
 

@@ -26,6 +26,7 @@ const WAIT: Duration = Duration::from_secs(60);
 /// All routes.
 pub(super) fn router() -> Router<App> {
     let router = Router::new().route("/v1/openapi.json", axum::routing::get(openapi));
+    let router = super::host_routes::routes(router);
     let router = json_route::<GetDaemon, _>(router, daemon);
     let router = json_route::<PostDaemonStop, _>(router, stop_daemon);
     let router =
@@ -187,7 +188,7 @@ async fn list_vms(call: Call<ListVms>) -> Result<Vec<Vm>, ErrorBody> {
     Ok(vms)
 }
 
-fn going_down<T>(call: &Call<T>) -> Result<(), ErrorBody> {
+pub(super) fn going_down<T>(call: &Call<T>) -> Result<(), ErrorBody> {
     if *call.app.world.shutdown.borrow() || call.app.world.draining.load(Ordering::Relaxed) {
         return Err(
             ErrorBody::new(ErrorCode::ShuttingDown, "the daemon is going down")
@@ -250,23 +251,31 @@ async fn stop(call: Call<StopVm>, request: Request) -> Result<Vm, ErrorBody> {
 }
 
 async fn set_vm(call: Call<SetVm>) -> Result<Vm, ErrorBody> {
-    let patch = convert::patch(&call.request)?;
-    if patch.is_empty() {
+    let request = &call.request;
+    let nothing = SetVm {
+        generation: request.generation,
+        ..SetVm::default()
+    };
+    if *request == nothing {
         return Err(
             ErrorBody::new(ErrorCode::InvalidRequest, "nothing to set was named")
-                .hint("name at least one of --memory and --vcpu"),
+                .hint("`banger vm set --help` shows what can be set"),
         );
     }
-    let generation = call.request.generation;
-    ask(
-        &call,
-        Ask {
-            patch,
-            generation,
-            ..Ask::new(Request::Set)
-        },
-    )
-    .await
+    let handle = call.app.registry.find(call.parameter("vm"))?;
+    let images = &call.app.world.images;
+    let image = match &request.image {
+        Some(query) => Some(images.pin_image(query, handle.id)?),
+        None => None,
+    };
+    let changed = match convert::change(request, image) {
+        Ok(change) => call.app.registry.change(&handle, change).await,
+        Err(error) => Err(error),
+    };
+    // Whatever became of it: what its record names is pinned, and nothing else.
+    let spec = &handle.latest().record.spec;
+    images.repin(spec.image, spec.kernel, handle.id);
+    Ok(convert::vm(&call.app.world, &changed?))
 }
 
 async fn delete_vm(call: Call<DeleteVm>) -> Result<Vm, ErrorBody> {

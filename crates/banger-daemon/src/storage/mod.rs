@@ -28,7 +28,7 @@ use banger_core::name::VmName;
 use banger_core::spec::{Storage, StorageChoice, StorageImpossible, resolve_storage};
 use banger_image::context::Context;
 use banger_image::image::ROOT_IMAGE;
-use banger_image::{grow, template};
+use banger_image::template;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use uuid::Uuid;
@@ -256,35 +256,32 @@ fn made_over_another(layer: &Layer) -> Result<(), ErrorBody> {
     ))
 }
 
-/// Grows the work disk in `path`, whose VM is stopped and whose lock is held, to `bytes` bytes: the file and the
-/// filesystem in it. What is in it stays, also if it is full; what is broken off is taken back at the next start.
-///
-/// # Errors
-/// It would shrink, or the filesystem is damaged; it is as it was.
-#[allow(dead_code, reason = "the verbs that need it come after it")]
-pub(crate) fn grow_disk(cache: &Path, path: &Path, bytes: u64) -> Result<(), ErrorBody> {
-    let context = Context::quiet(cache.to_owned());
-    grow::grow_ext4(path, bytes, &context).map_err(|error| build_error(&error))
-}
-
-/// Opens the work disk of a VM that is starting: takes a broken-off growth back, and checks that it is the VM's own,
-/// as [`ensure_disk`].
+/// Opens the work disk of a VM that is starting: checks that it is the VM's own, as [`ensure_disk`].
 pub(crate) fn open_disk(
     layer: &Layer,
     path: &Path,
     uuid: Uuid,
     bytes: u64,
 ) -> Result<(), ErrorBody> {
-    let context = Context::quiet(layer.cache.clone());
-    grow::settle_ext4(path, &context).map_err(|error| build_error(&error))?;
     let expected = uuid.to_string();
     ensure_disk(&layer.name, layer.precious, path, &expected, || {
         make_empty(&layer.cache, bytes, path, uuid)
     })
 }
 
+/// As [`make_empty`], in place of what is there: the remains of an earlier try.
+pub(crate) fn replace_empty(
+    cache: &Path,
+    bytes: u64,
+    target: &Path,
+    uuid: Uuid,
+) -> Result<(), ErrorBody> {
+    remove_if_there(target)?;
+    make_empty(cache, bytes, target, uuid)
+}
+
 /// Grows a file, which keeps its content, to `bytes`.
-fn extend(path: &Path, bytes: u64) -> Result<(), ErrorBody> {
+pub(crate) fn extend(path: &Path, bytes: u64) -> Result<(), ErrorBody> {
     let file = std::fs::OpenOptions::new().write(true).open(path);
     file.and_then(|file| file.set_len(bytes))
         .map_err(|error| io_error("grow", path, &error))

@@ -61,6 +61,8 @@ pub(super) struct Starting {
     pub(super) steps: watch::Receiver<StartStep>,
     pub(super) starters: Vec<Reply>,
     pub(super) cancellers: Vec<Reply>,
+    /// Changes that are made when the start has ended.
+    pub(super) changes: Vec<(Ask, Reply)>,
     /// The cancelling request wants the VM in the trash afterwards.
     pub(super) then: Option<Ask>,
 }
@@ -201,6 +203,7 @@ pub(crate) fn spawn(
         purged: false,
     });
     let (sender, inbox) = mpsc::channel(INBOX);
+    world.names.follow(&record, false);
     let actor = Actor {
         files: VmFiles::of(&world.paths, id),
         world,
@@ -270,6 +273,7 @@ impl Actor {
             view.revision += 1;
         });
         let view = self.view.borrow().clone();
+        self.world.names.follow(&view.record, view.purged);
         let kind = if view.purged {
             EventKind::VmPurged { id: self.record.id }
         } else {
@@ -436,8 +440,17 @@ impl Actor {
                     reply,
                 );
             }
-            Action::Set => {
-                let answer = self.set(&ask).await;
+            Action::Set => self.set(&ask, reply).await,
+            Action::SetAfterStart => match &mut self.run {
+                Run::Starting(starting) => starting.changes.push((ask, reply)),
+                Run::Idle | Run::Live(_) => self.set(&ask, reply).await,
+            },
+            Action::Reset => {
+                let answer = self.reset(ask.storage, None).await;
+                answer_to(reply, answer.map(|()| self.view.borrow().clone()));
+            }
+            Action::Undelete => {
+                let answer = self.undelete(ask.name).await;
                 answer_to(reply, answer.map(|()| self.view.borrow().clone()));
             }
             Action::Trash => {
@@ -504,31 +517,6 @@ impl Actor {
             LinkEvent::Exited(exit) => self.ended(Some(exit), Intent::None).await,
             LinkEvent::Closed => self.link_closed().await,
         }
-    }
-
-    async fn set(&mut self, ask: &Ask) -> Result<(), ErrorBody> {
-        if let Some(generation) = ask.generation
-            && generation != self.record.generation
-        {
-            let message = format!(
-                "`{}` is at generation {}, not {generation}: someone else changed it",
-                self.record.name, self.record.generation
-            );
-            return Err(ErrorBody::new(ErrorCode::Conflict, message)
-                .hint("show it again and repeat the change"));
-        }
-        let spec = self.record.spec.patched(&ask.patch);
-        if spec == self.record.spec {
-            return Ok(());
-        }
-        self.change(|record| {
-            record.spec = spec;
-            record.generation += 1;
-        })
-        .await?;
-        self.note("set", "the spec was changed", None);
-        self.publish(|_| {});
-        Ok(())
     }
 
     /// A stop or kill came while a restart was stopping the VM: it is not to start again.

@@ -6,6 +6,7 @@ use crate::crash::{Side, point};
 use crate::images::store_error;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_core::decide::{Deny, Request};
+use banger_core::name::VmName;
 use banger_core::phase::Desired;
 use banger_vmm::lock::{LockError, try_lock};
 use jiff::Timestamp;
@@ -23,6 +24,27 @@ impl Actor {
         .await?;
         point("delete", "record", Side::After);
         self.note("delete", "put into the trash", None);
+        self.publish(|_| {});
+        Ok(())
+    }
+
+    /// Brings it back from the trash, under `name` if there is one; whoever asks has made sure that it is free.
+    pub(super) async fn undelete(&mut self, name: Option<VmName>) -> Result<(), ErrorBody> {
+        if self.record.purging {
+            let message = format!("`{}` is being removed for ever", self.record.name);
+            return Err(ErrorBody::new(ErrorCode::WrongPhase, message)
+                .hint("its files may be gone already; it cannot come back"));
+        }
+        point("undelete", "record", Side::Before);
+        self.change(|record| {
+            record.trashed_at = None;
+            if let Some(name) = name {
+                record.name = name;
+            }
+        })
+        .await?;
+        point("undelete", "record", Side::After);
+        self.note("undelete", "back from the trash", None);
         self.publish(|_| {});
         Ok(())
     }

@@ -7,6 +7,7 @@
 //! ```
 
 pub(crate) mod actor;
+pub(crate) mod changing;
 mod deleting;
 mod ending;
 pub(crate) mod files;
@@ -19,14 +20,17 @@ pub(crate) mod teardown;
 
 pub(crate) use start_plan::network_error as start_network_error;
 
+use crate::images::ImageRecord;
 use crate::record::VmRecord;
 use crate::world::World;
 use banger_api::error::ErrorBody;
 use banger_api::vm::{Attempt, BootTimes};
 use banger_core::decide::Request;
 use banger_core::id::VmId;
+use banger_core::name::VmName;
 use banger_core::phase::Phase;
-use banger_core::spec::{Driver, VmSpecPatch};
+use banger_core::size::DiskBytes;
+use banger_core::spec::{Driver, Storage, VmSpecPatch};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -48,6 +52,29 @@ pub(crate) struct View {
     pub(crate) purged: bool,
 }
 
+/// A change of a VM.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Change {
+    pub(crate) patch: VmSpecPatch,
+    /// Another name; whoever asks has made sure that it is free.
+    pub(crate) name: Option<VmName>,
+    /// Another image, pinned for the VM already; its overlay is thrown away.
+    pub(crate) image: Option<ImageRecord>,
+    /// A larger work disk.
+    pub(crate) disk_bytes: Option<DiskBytes>,
+    /// The generation that the change is based on.
+    pub(crate) generation: Option<u64>,
+}
+
+impl Change {
+    /// The request that it comes with.
+    pub(crate) fn request(&self) -> Request {
+        Request::Set {
+            live: self.patch.is_live() && self.image.is_none() && self.disk_bytes.is_none(),
+        }
+    }
+}
+
 /// A request with what belongs to it.
 #[derive(Debug, Clone)]
 pub(crate) struct Ask {
@@ -55,9 +82,11 @@ pub(crate) struct Ask {
     /// How long a stop may take.
     pub(crate) timeout: Duration,
     /// For [`Request::Set`].
-    pub(crate) patch: VmSpecPatch,
-    /// For [`Request::Set`]: the generation that the change is based on.
-    pub(crate) generation: Option<u64>,
+    pub(crate) change: Change,
+    /// For [`Request::Reset`]: another storage driver, and why.
+    pub(crate) storage: Option<(Storage, String)>,
+    /// For [`Request::Undelete`]: the name from now on.
+    pub(crate) name: Option<VmName>,
     /// For [`Request::Delete`]: remove record and files for ever.
     pub(crate) purge: bool,
     /// For [`Request::Pause`] and [`Request::Resume`]: asked by the daemon, because the host has no room, or has it
@@ -73,8 +102,9 @@ impl Ask {
         Self {
             request,
             timeout: Self::STOP_TIMEOUT,
-            patch: VmSpecPatch::default(),
-            generation: None,
+            change: Change::default(),
+            storage: None,
+            name: None,
             purge: false,
             for_room: false,
         }

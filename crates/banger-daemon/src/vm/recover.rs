@@ -56,6 +56,11 @@ impl Actor {
             self.change_anyway(|record| record.started_once = true)
                 .await;
         }
+        // Also what was changed by hand, or by an earlier daemon just before it ended.
+        if let Err(error) = self.world.network.apply(self.record.port_plan()).await {
+            let why = banger_host::error_chain(&error);
+            self.note("network", why, None);
+        }
         if self.record.desired == Desired::Off {
             self.note("recover", "it was to stop: asking again", None);
             self.stop(Ask::STOP_TIMEOUT, Vec::new(), Vec::new()).await;

@@ -5,7 +5,7 @@ use super::link::Link;
 use super::{AttemptFile, teardown};
 use crate::crash::{Side, point};
 use crate::drivers::{Chosen, accelerator_name};
-use crate::images::build_error;
+use crate::images::{build_error, store_error};
 use crate::keys;
 use crate::network::{Lease, NetworkError};
 use crate::record::{VmRecord, replace_unsynced};
@@ -16,7 +16,6 @@ use banger_core::phase::StartStep;
 use banger_guest::boot_config::{BootConfig, Drive, DriveRole, Network};
 use banger_host::net::host::HostOpError;
 use banger_host::net::keeper::KeeperError;
-use banger_host::op::Port;
 use banger_image::kernel;
 use banger_vmm::driver::{DriveConfig, MachineConfig, NicConfig, Plan};
 use banger_vmm::launch;
@@ -61,12 +60,26 @@ pub(super) struct StartError {
     pub(super) step: StartStep,
     pub(super) error: ErrorBody,
     pub(super) cancelled: bool,
+    /// The wish that the VM runs could not be stored, so it is none.
+    pub(super) unstored: bool,
+}
+
+/// Whether the row says already that the VM is to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wish {
+    /// It does.
+    Stored,
+    /// It is stored while the first steps are done: nothing runs, and nobody is answered, before it is durable.
+    New,
 }
 
 /// What a start works on.
 pub(super) struct StartPlan {
     pub(super) world: Arc<World>,
+    /// As it is once [`StartPlan::run`] has stored it.
     pub(super) record: Arc<VmRecord>,
+    /// Whether it is to be stored: the wish that the VM runs is a new one.
+    pub(super) wish: Wish,
     pub(super) asked_at: Instant,
     pub(super) steps: watch::Sender<StartStep>,
     pub(super) cancel: CancellationToken,
@@ -80,12 +93,18 @@ impl StartPlan {
     /// Runs all steps. After an error the host still holds what was made: the caller tears down.
     pub(super) async fn run(self) -> Result<Started, StartError> {
         let lock = self.step(StartStep::TakeLock, self.take_lock()).await?;
-        let opened = self.step(StartStep::OpenFiles, self.open_files()).await?;
-        let lease = self.step(StartStep::LeasePort, self.lease_port()).await?;
-        let boot = self
-            .step(StartStep::WriteBoot, self.write_boot(&opened))
-            .await?;
-        let (attempt, launched) = boot;
+        // The three wait for different things: the disk, the network's actor, files. Each is waited for, also after
+        // another has failed, so that a teardown meets nothing half done.
+        let (stored, lease, boot) = tokio::join!(
+            self.store_wish(),
+            self.step(StartStep::LeasePort, self.lease_port()),
+            async {
+                let opened = self.step(StartStep::OpenFiles, self.open_files()).await?;
+                self.step(StartStep::WriteBoot, self.write_boot(&opened))
+                    .await
+            }
+        );
+        let ((), lease, (attempt, launched)) = (stored?, lease?, boot?);
         let shim = self
             .step(StartStep::LaunchShim, self.launch(lock, lease, launched))
             .await?;
@@ -119,6 +138,7 @@ impl StartPlan {
                 step,
                 error,
                 cancelled: true,
+                unstored: false,
             });
         }
         point("start", step.name(), Side::Before);
@@ -135,6 +155,23 @@ impl StartPlan {
             step,
             error,
             cancelled: false,
+            unstored: false,
+        })
+    }
+
+    /// Makes the wish that the VM runs durable.
+    async fn store_wish(&self) -> Result<(), StartError> {
+        if self.wish == Wish::Stored {
+            return Ok(());
+        }
+        point("start", "desired", Side::Before);
+        let stored = self.world.store.update_vm((*self.record).clone()).await;
+        point("start", "desired", Side::After);
+        stored.map_err(|error| StartError {
+            step: StartStep::TakeLock,
+            error: store_error(&error),
+            cancelled: false,
+            unstored: true,
         })
     }
 
@@ -164,17 +201,13 @@ impl StartPlan {
     }
 
     async fn lease_port(&self) -> Result<Lease, ErrorBody> {
-        let id = self.record.id;
-        let port = Port {
-            tap: id.tap_name(),
-            mac: id.mac(),
-            address: self.record.address,
-        };
-        self.world
-            .network
-            .lease(port)
-            .await
-            .map_err(|error| network_error(&error))
+        let leased = self.world.network.lease(self.record.port_plan()).await;
+        let lease = leased.map_err(|error| network_error(&error))?;
+        for problem in &lease.problems {
+            let why = banger_host::error_chain(problem);
+            super::actor::note(&self.world, self.record.id, "network", why, None);
+        }
+        Ok(lease)
     }
 
     async fn write_boot(&self, opened: &Opened) -> Result<(AttemptFile, Prepared), ErrorBody> {
@@ -249,7 +282,7 @@ pub(super) fn reap(mut shim: Child) {
     tokio::task::spawn_blocking(move || shim.wait());
 }
 
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, ErrorBody> {
     tokio::task::spawn_blocking(work)
@@ -520,7 +553,7 @@ fn boot_config(world: &World, record: &VmRecord, opened: &Opened) -> Result<Boot
             address: record.address,
             prefix: pool.guests().prefix(),
             gateway: pool.gateway(),
-            dns: Vec::new(),
+            dns: vec![pool.gateway()],
         }),
         seed: seed.iter().map(|byte| format!("{byte:02x}")).collect(),
         time: jiff::Timestamp::now().as_second(),

@@ -1,11 +1,10 @@
 //! The actor's part that starts a VM and takes a running one over.
 
-use super::actor::{Actor, Live, Reply, Run, Starting, answer_to, reply_all};
+use super::actor::{Actor, Live, Reply, Run, Starting, reply_all};
 use super::link::Link;
-use super::start_plan::{StartError, StartPlan, Started, unwind};
+use super::start_plan::{StartError, StartPlan, Started, Wish, unwind};
 use super::stop_reason::Intent;
 use super::{Ask, AttemptFile};
-use crate::crash::{Side, point};
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::vm::BootTimes;
 use banger_core::decide::{Deny, Request};
@@ -21,21 +20,29 @@ use tokio_util::sync::CancellationToken;
 impl Actor {
     pub(super) async fn start(&mut self, starters: Vec<Reply>) {
         let asked_at = Instant::now();
-        point("start", "desired", Side::Before);
-        let stored = self.change(|record| record.desired = Desired::On).await;
-        point("start", "desired", Side::After);
-        if let Err(error) = stored {
-            for reply in starters {
-                answer_to(reply, Err(error.clone()));
-            }
+        if self.record.reset_pending
+            && let Err(error) = self.finish_reset().await
+        {
+            reply_all(starters, &Err(error));
             return;
         }
+        let wish = match self.record.desired {
+            Desired::On => Wish::Stored,
+            Desired::Off => {
+                let mut record = (*self.record).clone();
+                record.desired = Desired::On;
+                record.record_version += 1;
+                self.record = Arc::new(record);
+                Wish::New
+            }
+        };
         self.note("start", "asked", None);
         let (steps, receiver) = watch::channel(StartStep::TakeLock);
         let cancel = CancellationToken::new();
         let plan = StartPlan {
             world: Arc::clone(&self.world),
             record: Arc::clone(&self.record),
+            wish,
             asked_at,
             steps,
             cancel: cancel.clone(),
@@ -46,6 +53,7 @@ impl Actor {
             steps: receiver,
             starters,
             cancellers: Vec::new(),
+            changes: Vec::new(),
             then: None,
         }));
         self.publish(|view| {
@@ -79,6 +87,7 @@ impl Actor {
             starters,
             cancellers,
             cancel,
+            changes,
             then,
             ..
         } = *starting;
@@ -125,6 +134,7 @@ impl Actor {
                 step,
                 error,
                 cancelled,
+                unstored,
             }) => {
                 let unwound = unwind(&self.world, &self.record).await;
                 let why = if cancelled {
@@ -140,7 +150,7 @@ impl Actor {
                 match unwound {
                     Ok(problems) => {
                         error.causes.extend(problems);
-                        self.stopped(why, cancelled, None).await;
+                        self.stopped(why, cancelled || unstored, None).await;
                         self.clear_run("unwind").await;
                     }
                     Err(alive) => {
@@ -168,6 +178,9 @@ impl Actor {
                 }
                 reply_all(starters, &Err(error));
             }
+        }
+        for (ask, reply) in changes {
+            self.set(&ask, reply).await;
         }
         if !cancellers.is_empty() {
             self.change_anyway(|record| record.desired = Desired::Off)

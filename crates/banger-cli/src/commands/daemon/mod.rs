@@ -8,7 +8,7 @@ mod stop;
 use crate::output::fields;
 use crate::report::Outcome;
 use crate::value;
-use banger_api::daemon::{DaemonStatus, Mode};
+use banger_api::daemon::DaemonStatus;
 
 /// Look after the daemon
 ///
@@ -33,10 +33,6 @@ pub(crate) fn run(command: DaemonCommand) -> Outcome {
 }
 
 fn render(status: &DaemonStatus) -> String {
-    let mode = match status.mode {
-        Mode::Root => "root",
-        Mode::Rootless => "rootless",
-    };
     let mut text = fields([
         ("daemon", "running".to_owned()),
         (
@@ -44,7 +40,7 @@ fn render(status: &DaemonStatus) -> String {
             format!("{} (build {})", status.version, status.build),
         ),
         ("pid", status.pid.to_string()),
-        ("mode", mode.to_owned()),
+        ("mode", status.mode.name().to_owned()),
         ("started", value::date(status.started_at)),
         ("VMs", format!("{} ({} live)", status.vms, status.live)),
         ("addresses", status.pool.network().to_string()),

@@ -1,10 +1,11 @@
 //! `banger daemon start` and `banger daemon restart`.
 
 use super::render;
-use crate::context::{Context, Daemon, block_on};
+use crate::context::{Context, block_on};
 use crate::ensure_daemon::{self, Mode};
 use crate::output::{OutputArgs, json, print};
 use crate::report::Outcome;
+use banger_api::daemon::DaemonStatus;
 
 /// Start the daemon if it does not run
 #[derive(Debug, clap::Args)]
@@ -23,23 +24,24 @@ pub(crate) struct RestartArgs {
 pub(crate) fn run(args: StartArgs) -> Outcome {
     let context = Context::from_env()?;
     block_on(async {
-        show(
-            &ensure_daemon::ensure(&context.paths, Mode::Start).await?,
-            args.output,
-        )
+        let daemon = ensure_daemon::ensure(&context.paths, Mode::Start).await?;
+        show(&daemon.status().await?, args.output)
     })
 }
 
 pub(crate) fn restart(args: RestartArgs) -> Outcome {
     let context = Context::from_env()?;
-    block_on(async { show(&ensure_daemon::restart(&context.paths).await?, args.output) })
+    block_on(async {
+        let daemon = ensure_daemon::restart(&context.paths).await?;
+        show(&daemon.status().await?, args.output)
+    })
 }
 
-fn show(daemon: &Daemon, output: OutputArgs) -> Outcome {
+fn show(status: &DaemonStatus, output: OutputArgs) -> Outcome {
     if output.json {
-        json(&daemon.status)?;
+        json(status)?;
     } else {
-        print(&render(&daemon.status))?;
+        print(&render(status))?;
     }
     Ok(0)
 }

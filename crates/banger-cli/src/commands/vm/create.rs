@@ -157,6 +157,9 @@ fn request(args: &CreateArgs) -> CreateVm {
             StorageWord::Copy => StorageChoice::Copy,
             StorageWord::Snapshot => StorageChoice::Snapshot,
         },
+        nat: false,
+        ports: Vec::new(),
+        autostart: false,
         start: !args.no_start,
     }
 }

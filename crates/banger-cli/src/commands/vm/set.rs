@@ -33,7 +33,7 @@ pub(crate) fn run(args: SetArgs) -> Outcome {
     let request = SetVm {
         vcpus: args.vcpu,
         memory_mib: args.memory,
-        generation: None,
+        ..SetVm::default()
     };
     with_daemon(async |_, daemon| {
         let vm = daemon

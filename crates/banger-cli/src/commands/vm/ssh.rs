@@ -80,7 +80,7 @@ async fn prepare(
         id: vm.id.to_string(),
         address: vm.address.to_string(),
         host_key: &vm.host_key,
-        through_daemon: daemon.status.mode == Mode::Rootless,
+        through_daemon: daemon.status().await?.mode == Mode::Rootless,
         tty: args.tty,
     };
     arguments(&target, &args.command)

@@ -1,0 +1,422 @@
+//! The actor: brings the namespace and the host to what the plans of all live VMs say.
+
+use super::namespace::{self, Namespace};
+use super::plan::{self, Plans, PortPlan};
+use super::{Ask, Lease, NetworkError, NetworkSetup, Now, way_out};
+use banger_api::daemon::Mode;
+use banger_api::network::WayOut;
+use banger_core::publish::Protocol;
+use banger_host::error_chain;
+use banger_host::net::keeper::{Keeper, KeeperError};
+use banger_host::op::{HostAnswer, HostOp, NamespaceAnswer, NamespaceOp, ResolvedReport};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+pub(super) struct Actor {
+    setup: NetworkSetup,
+    namespace: Option<Namespace>,
+    plans: Plans,
+    way_out: WayOut,
+    /// The host's resolver is to be told of the name server.
+    tell_resolver: bool,
+    /// What it said.
+    host_names: Option<String>,
+    /// Ports that could not be opened.
+    problems: BTreeMap<(Protocol, SocketAddr), String>,
+}
+
+impl Actor {
+    pub(super) fn new(setup: NetworkSetup) -> Self {
+        Self {
+            setup,
+            namespace: None,
+            plans: Plans::new(),
+            way_out: WayOut::Closed,
+            tell_resolver: false,
+            host_names: None,
+            problems: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn handle(&mut self, ask: Ask) {
+        // A caller that went away no longer wants the answer.
+        match ask {
+            Ask::Lease(plan, reply) => drop(reply.send(self.lease(plan))),
+            Ask::Apply(plan, reply) => drop(reply.send(self.apply(plan))),
+            Ask::Release(tap, reply) => drop(reply.send(self.release(&tap))),
+            Ask::Now(reply) => drop(reply.send(self.now())),
+            Ask::Settle(reply) => drop(reply.send(self.settle())),
+            Ask::Repair(reply) => drop(reply.send(self.repair())),
+            Ask::Keeper(reply) => {
+                let keeper = self.ensure().map(|namespace| Arc::clone(&namespace.keeper));
+                drop(reply.send(keeper));
+            }
+            Ask::Close(reply) => drop(reply.send(self.close())),
+        }
+        // Only now: nobody's start waits for it.
+        if std::mem::take(&mut self.tell_resolver) {
+            self.host_names = Some(self.resolver());
+        }
+    }
+
+    /// Tells the host's resolver who knows names below `.vm`. Answers what came of it.
+    fn resolver(&self) -> String {
+        let Some(host) = &self.setup.host else {
+            return "without root the host's resolver is not told".to_owned();
+        };
+        let ensure = HostOp::EnsureResolved {
+            instance: self.setup.instance,
+            pool: self.setup.pool,
+            dns: self.setup.pool.uplink(),
+        };
+        match host.perform(&ensure, &[]) {
+            Ok((HostAnswer::Resolved(report), _)) => match report {
+                ResolvedReport::Routed => "systemd-resolved asks the instance's server",
+                ResolvedReport::NotRunning => {
+                    "systemd-resolved does not run here: ask the server by its address"
+                }
+                ResolvedReport::NoResolvectl => {
+                    "`resolvectl` is not installed: `sudo apt-get install systemd-resolved`"
+                }
+            }
+            .to_owned(),
+            Ok(_) => "the host side answered something else".to_owned(),
+            Err(error) => error_chain(&error),
+        }
+    }
+
+    /// Finds a namespace that an earlier daemon left to its VMs, if there is one.
+    fn adopt(&mut self) -> Result<(), NetworkError> {
+        if self.namespace.is_some() {
+            return Ok(());
+        }
+        match Keeper::connect(&self.setup.keeper_socket) {
+            Ok(keeper) => {
+                self.namespace = Some(Namespace::open(keeper)?);
+                Ok(())
+            }
+            Err(KeeperError::Unreachable { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The namespace, made if need be.
+    fn ensure(&mut self) -> Result<&mut Namespace, NetworkError> {
+        if self
+            .namespace
+            .as_ref()
+            .is_some_and(|namespace| !namespace.lives())
+        {
+            tracing::warn!("the keeper of the network namespace is gone");
+            self.namespace = None;
+        }
+        self.adopt()?;
+        let namespace = match self.namespace.take() {
+            Some(namespace) => namespace,
+            None => namespace::make(
+                &self.setup.keeper_program,
+                &self.setup.keeper_socket,
+                self.setup.mode != Mode::Root,
+            )?,
+        };
+        Ok(self.namespace.insert(namespace))
+    }
+
+    /// The namespace with all that VMs share in it, and its end on the host.
+    fn prepare(&mut self) -> Result<&mut Namespace, NetworkError> {
+        self.ensure()?;
+        let Self {
+            namespace: Some(namespace),
+            setup,
+            tell_resolver,
+            ..
+        } = self
+        else {
+            return Err(NetworkError::Closed);
+        };
+        if namespace.prepared {
+            return Ok(namespace);
+        }
+        let pool = setup.pool;
+        namespace.keeper.request(NamespaceOp::EnsureBase { pool })?;
+        if let Some(host) = &setup.host {
+            let instance = setup.instance;
+            let attach = HostOp::AttachVeth { instance, pool };
+            host.perform(&attach, &[namespace.network.as_fd()])?;
+            namespace
+                .keeper
+                .request(NamespaceOp::EnsureUplink { pool })?;
+        }
+        namespace.prepared = true;
+        match namespace.keeper.request(NamespaceOp::DnsSockets) {
+            Ok((_, sockets)) => {
+                // Four sockets: the host reaches two of them.
+                *tell_resolver = sockets.len() > 2;
+                // The server takes the newest; a full queue means that it has newer ones already.
+                let _ = setup.names.try_send(sockets);
+            }
+            Err(error) => tracing::warn!(error = error_chain(&error), "guests have no name server"),
+        }
+        Ok(namespace)
+    }
+
+    fn lease(&mut self, plan: PortPlan) -> Result<Lease, NetworkError> {
+        let port = plan.port();
+        let namespace = self.prepare()?;
+        namespace.keeper.request(NamespaceOp::EnsurePort(port))?;
+        self.plans.insert(plan.tap(), plan.clone());
+        let problems = self.open(&plan);
+        let Some(namespace) = &self.namespace else {
+            return Err(NetworkError::Closed);
+        };
+        let copy = |fd: &OwnedFd| fd.try_clone().map_err(NetworkError::Descriptor);
+        Ok(Lease {
+            keepalive: copy(&namespace.keepalive)?,
+            network_namespace: copy(&namespace.network)?,
+            user_namespace: namespace.user.as_ref().map(copy).transpose()?,
+            problems,
+        })
+    }
+
+    /// As far as it goes: NAT, published ports and joins of a VM that has its port. Answers what did not.
+    fn open(&mut self, plan: &PortPlan) -> Vec<NetworkError> {
+        let mut problems = Vec::new();
+        let mut keep = |outcome: Result<(), NetworkError>| {
+            if let Err(error) = outcome {
+                problems.push(error);
+            }
+        };
+        keep(self.set_nat(plan));
+        let Some(namespace) = &mut self.namespace else {
+            return problems;
+        };
+        for (port, publication) in plan.ports.iter().zip(plan.publications()) {
+            let place = (port.protocol, port.listen);
+            match namespace.publish(&publication) {
+                Ok(()) => {
+                    self.problems.remove(&place);
+                }
+                Err(error) => {
+                    self.problems.insert(place, error_chain(&error));
+                    keep(Err(error));
+                }
+            }
+        }
+        keep(namespace.set_joins(plan::joins(&self.plans)));
+        problems
+    }
+
+    /// The way out comes first and goes last, so that nobody is let out into nowhere.
+    fn set_nat(&mut self, plan: &PortPlan) -> Result<(), NetworkError> {
+        if plan.nat && !matches!(self.way_out, WayOut::Open { .. }) {
+            let Some(namespace) = &self.namespace else {
+                return Ok(());
+            };
+            match way_out::open(&self.setup, namespace) {
+                Ok(open) => self.way_out = open,
+                Err(error) => {
+                    self.way_out = WayOut::Failed {
+                        why: error_chain(&error),
+                    };
+                    return Err(error);
+                }
+            }
+        }
+        if let Some(namespace) = &mut self.namespace {
+            namespace.set_nat(plan.address, plan.nat)?;
+        }
+        self.close_way_out()
+    }
+
+    /// Closes the way out if nobody needs it.
+    fn close_way_out(&mut self) -> Result<(), NetworkError> {
+        if self.way_out == WayOut::Closed || self.plans.values().any(|plan| plan.nat) {
+            return Ok(());
+        }
+        way_out::close(&self.setup)?;
+        self.way_out = WayOut::Closed;
+        Ok(())
+    }
+
+    fn apply(&mut self, plan: PortPlan) -> Result<(), NetworkError> {
+        self.prepare()?;
+        let tap = plan.tap();
+        let before = self.plans.insert(tap.clone(), plan.clone());
+        let gone = before.iter().flat_map(|before| before.publications());
+        let kept = plan.publications();
+        let gone: Vec<_> = gone.filter(|old| !kept.contains(old)).collect();
+        if let Some(namespace) = &mut self.namespace {
+            for publication in &gone {
+                namespace.unpublish(plan::place(publication))?;
+            }
+            // What an earlier daemon published for it and the record no longer has.
+            let strays: Vec<_> = namespace
+                .published
+                .values()
+                .filter(|found| found.tap == tap && !kept.contains(found))
+                .map(plan::place)
+                .collect();
+            for place in strays {
+                namespace.unpublish(place)?;
+            }
+        }
+        let mut problems = self.open(&plan);
+        if problems.is_empty() {
+            return Ok(());
+        }
+        if let Some(before) = before {
+            self.plans.insert(tap, before.clone());
+            // What was there before fails only for reasons that are reported where they arose.
+            if let Some(namespace) = &mut self.namespace {
+                for publication in plan.publications() {
+                    if !before.publications().contains(&publication) {
+                        let _ = namespace.unpublish(plan::place(&publication));
+                    }
+                }
+            }
+            let _ = self.open(&before);
+        }
+        Err(problems.swap_remove(0))
+    }
+
+    fn release(&mut self, tap: &str) -> Result<(), NetworkError> {
+        self.adopt()?;
+        let plan = self.plans.remove(tap);
+        if let Some(plan) = &plan {
+            for port in &plan.ports {
+                self.problems.remove(&(port.protocol, port.listen));
+            }
+        }
+        let Some(namespace) = &mut self.namespace else {
+            return Ok(());
+        };
+        let remove = NamespaceOp::RemovePort {
+            tap: tap.to_owned(),
+        };
+        match namespace.keeper.request(remove) {
+            Ok(_) => namespace.forget(tap, plan.map(|plan| plan.address)),
+            // Without its keeper and without a VM the namespace is gone, and the port with it.
+            Err(KeeperError::Unreachable { .. }) => self.namespace = None,
+            Err(error) => return Err(error.into()),
+        }
+        self.close_way_out()
+    }
+
+    fn now(&mut self) -> Result<Now, NetworkError> {
+        self.adopt()?;
+        let mut now = Now {
+            way_out: Some(self.way_out.clone()),
+            host_names: self.host_names.clone(),
+            problems: self
+                .problems
+                .iter()
+                .map(|(&(protocol, listen), why)| (protocol, listen, why.clone()))
+                .collect(),
+            ..Now::default()
+        };
+        if let Some(host) = &self.setup.host
+            && let (HostAnswer::Owned { objects }, _) = host.perform(&HostOp::ListOwned {}, &[])?
+        {
+            now.owned = objects;
+        }
+        let Some(namespace) = &mut self.namespace else {
+            return Ok(now);
+        };
+        if let (NamespaceAnswer::Hello { pid, .. }, _) =
+            namespace.keeper.request(NamespaceOp::Hello)?
+        {
+            now.keeper = Some(pid);
+        }
+        namespace.look()?;
+        now.ports = namespace.ports()?;
+        now.nat = namespace.nat.iter().copied().collect();
+        now.published = namespace.publications()?;
+        if let Some(NamespaceAnswer::Counters { dropped, repairs }) =
+            namespace.known(NamespaceOp::Counters)?
+        {
+            now.dropped = dropped;
+            now.repairs = repairs;
+        }
+        Ok(now)
+    }
+
+    fn settle(&mut self) -> Result<(), NetworkError> {
+        if self.plans.is_empty() {
+            if let Some(host) = &self.setup.host {
+                let instance = self.setup.instance;
+                host.perform(&HostOp::DetachVeth { instance }, &[])?;
+            }
+        } else if self.way_out == WayOut::Closed {
+            way_out::close(&self.setup)?;
+        }
+        Ok(())
+    }
+
+    /// Does everything again, whatever is thought to be there.
+    fn repair(&mut self) -> Result<Vec<String>, NetworkError> {
+        self.adopt()?;
+        if self.plans.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut done = Vec::new();
+        let before: Vec<String> = match &self.namespace {
+            Some(namespace) if namespace.lives() => namespace
+                .ports()?
+                .into_iter()
+                .filter(|port| port.link && port.allowed.is_some())
+                .map(|port| port.tap)
+                .collect(),
+            _ => {
+                done.push("made the network namespace".to_owned());
+                Vec::new()
+            }
+        };
+        if let Some(namespace) = &mut self.namespace {
+            namespace.prepared = false;
+        }
+        let namespace = self.prepare()?;
+        namespace.look()?;
+        self.way_out = WayOut::Closed;
+        for plan in self.plans.clone().into_values() {
+            if let Some(namespace) = &self.namespace {
+                namespace
+                    .keeper
+                    .request(NamespaceOp::EnsurePort(plan.port()))?;
+            }
+            if !before.contains(&plan.tap()) {
+                done.push(format!("made the port {}", plan.tap()));
+            }
+            for problem in self.open(&plan) {
+                tracing::warn!(error = error_chain(&problem), "not repaired");
+            }
+        }
+        Ok(done)
+    }
+
+    fn close(&mut self) -> Result<(), NetworkError> {
+        let Some(namespace) = self.namespace.take() else {
+            return Ok(());
+        };
+        let unused = matches!(namespace.ports(), Ok(ports) if ports.is_empty());
+        if unused && let Some(host) = &self.setup.host {
+            let detach = HostOp::DetachVeth {
+                instance: self.setup.instance,
+            };
+            host.perform(&detach, &[])?;
+        }
+        let Namespace {
+            keeper,
+            keepalive,
+            network,
+            user,
+            ..
+        } = namespace;
+        drop((keepalive, network, user));
+        if unused {
+            namespace::wait_gone(&keeper);
+        }
+        Ok(())
+    }
+}

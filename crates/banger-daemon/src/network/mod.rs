@@ -1,0 +1,206 @@
+//! The network: one actor owns the instance's namespace and what it has on the host. VM actors hold leases of ports.
+//!
+//! ```text
+//!   VM actors --PortPlan--> actor --NamespaceOp--> keeper (in the namespace)
+//!                             |----HostOp--------> host side (in process, or banger-helper)
+//!                             +----sockets-------> names (the DNS server)
+//! ```
+//!
+//! The namespace is made when the first port is asked for, and is found again after a restart of the daemon through
+//! its keeper's socket. It ends with the last holder of the keeper's pipe.
+
+mod actor;
+mod namespace;
+mod plan;
+pub(crate) mod status;
+mod way_out;
+
+pub(crate) use plan::PortPlan;
+
+use actor::Actor;
+use banger_api::daemon::Mode;
+use banger_api::network::WayOut;
+use banger_core::addr::Pool;
+use banger_core::id::InstanceId;
+use banger_core::publish::Protocol;
+use banger_host::host_side::HostSide;
+use banger_host::net::host::HostOpError;
+use banger_host::net::keeper::{Keeper, KeeperError};
+use banger_host::net::pasta::PastaError;
+use banger_host::op::{Dropped, NamespaceOp, OwnedObject, PortState, PublicationState};
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::sync::{mpsc, oneshot};
+
+const QUEUE: usize = 256;
+
+/// Why the network did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NetworkError {
+    #[error("the instance's network namespace cannot be used")]
+    Keeper(#[from] KeeperError),
+    #[error("the host's end of the network cannot be set up")]
+    Host(#[from] HostOpError),
+    #[error("guests cannot be given a way to the internet")]
+    Pasta(#[from] PastaError),
+    #[error("cannot listen on {listen} ({protocol})")]
+    Listen {
+        protocol: Protocol,
+        listen: SocketAddr,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("a descriptor of the network namespace cannot be copied")]
+    Descriptor(#[source] std::io::Error),
+    #[error("the keeper of the network namespace answered something else")]
+    Answer,
+    #[error("the network's actor has ended")]
+    Closed,
+}
+
+/// What a VM needs to live on the network: descriptors for its shim.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    pub(crate) keepalive: OwnedFd,
+    pub(crate) network_namespace: OwnedFd,
+    pub(crate) user_namespace: Option<OwnedFd>,
+    /// What the VM should have and has not: a port that cannot be published, a way out that is closed. It runs all
+    /// the same.
+    pub(crate) problems: Vec<NetworkError>,
+}
+
+/// What the actor must know.
+#[derive(Debug)]
+pub(crate) struct NetworkSetup {
+    pub(crate) instance: InstanceId,
+    pub(crate) pool: Pool,
+    pub(crate) mode: Mode,
+    /// Who does what needs root; nobody in rootless mode.
+    pub(crate) host: Option<HostSide>,
+    pub(crate) keeper_program: PathBuf,
+    pub(crate) keeper_socket: PathBuf,
+    pub(crate) pasta: PathBuf,
+    /// Takes sockets of a name server for guests and host.
+    pub(crate) names: mpsc::Sender<Vec<OwnedFd>>,
+}
+
+/// What is there of the network now.
+#[derive(Debug, Default)]
+pub(crate) struct Now {
+    /// The keeper's process.
+    pub(crate) keeper: Option<i32>,
+    pub(crate) ports: Vec<PortState>,
+    pub(crate) nat: Vec<Ipv4Addr>,
+    pub(crate) published: Vec<PublicationState>,
+    pub(crate) dropped: BTreeMap<String, Dropped>,
+    pub(crate) repairs: u64,
+    pub(crate) way_out: Option<WayOut>,
+    /// Whether, and how, the host's own programs find names below `.vm`.
+    pub(crate) host_names: Option<String>,
+    /// What the caller has on the host side.
+    pub(crate) owned: Vec<OwnedObject>,
+    /// Ports that could not be opened, and why.
+    pub(crate) problems: Vec<(Protocol, SocketAddr, String)>,
+}
+
+type Reply<T> = oneshot::Sender<Result<T, NetworkError>>;
+
+enum Ask {
+    Lease(PortPlan, Reply<Lease>),
+    Apply(PortPlan, Reply<()>),
+    Release(String, Reply<()>),
+    Now(Reply<Now>),
+    Repair(Reply<Vec<String>>),
+    Settle(Reply<()>),
+    Keeper(Reply<Arc<Keeper>>),
+    Close(Reply<()>),
+}
+
+/// A handle to the network's actor.
+#[derive(Debug, Clone)]
+pub(crate) struct Network {
+    inbox: mpsc::Sender<Ask>,
+}
+
+impl Network {
+    /// Starts the actor.
+    pub(crate) fn start(setup: NetworkSetup) -> Self {
+        let (inbox, mut asks) = mpsc::channel(QUEUE);
+        // Its work is system calls on netlink and local sockets: a thread of its own, not the async runtime's.
+        std::thread::spawn(move || {
+            let mut actor = Actor::new(setup);
+            while let Some(ask) = asks.blocking_recv() {
+                actor.handle(ask);
+            }
+        });
+        Self { inbox }
+    }
+
+    async fn ask<T>(&self, ask: impl FnOnce(Reply<T>) -> Ask) -> Result<T, NetworkError> {
+        let (reply, answer) = oneshot::channel();
+        self.inbox
+            .send(ask(reply))
+            .await
+            .map_err(|_| NetworkError::Closed)?;
+        answer.await.map_err(|_| NetworkError::Closed)?
+    }
+
+    /// Makes a VM's port and everything below it, and all that its plan says.
+    pub(crate) async fn lease(&self, plan: PortPlan) -> Result<Lease, NetworkError> {
+        self.ask(|reply| Ask::Lease(plan, reply)).await
+    }
+
+    /// Brings a live VM's network to its plan, also one that an earlier daemon left. After an error the network is as
+    /// the plan before said.
+    pub(crate) async fn apply(&self, plan: PortPlan) -> Result<(), NetworkError> {
+        self.ask(|reply| Ask::Apply(plan, reply)).await
+    }
+
+    /// Removes a port and all that goes with it; no error if it is gone, or the whole namespace with it.
+    pub(crate) async fn release(&self, tap: String) -> Result<(), NetworkError> {
+        self.ask(|reply| Ask::Release(tap, reply)).await
+    }
+
+    /// What is there; nothing if there is no namespace.
+    pub(crate) async fn now(&self) -> Result<Now, NetworkError> {
+        self.ask(Ask::Now).await
+    }
+
+    /// Measures everything and puts right what differs from the plans. Answers what it did.
+    pub(crate) async fn repair(&self) -> Result<Vec<String>, NetworkError> {
+        self.ask(Ask::Repair).await
+    }
+
+    /// All VMs that live have been found: what is on the host for none of them goes.
+    pub(crate) async fn settle(&self) -> Result<(), NetworkError> {
+        self.ask(Ask::Settle).await
+    }
+
+    /// Connects to a guest's TCP port from inside the namespace.
+    pub(crate) async fn connect(
+        &self,
+        address: Ipv4Addr,
+        port: u16,
+        timeout_ms: u32,
+    ) -> Result<OwnedFd, NetworkError> {
+        let keeper = self.ask(Ask::Keeper).await?;
+        // The guest may take long to answer, so this waits outside the actor.
+        let connected = tokio::task::spawn_blocking(move || {
+            let (_, descriptors) = keeper.request(NamespaceOp::Connect {
+                address,
+                port,
+                timeout_ms,
+            })?;
+            descriptors.into_iter().next().ok_or(NetworkError::Answer)
+        });
+        connected.await.map_err(|_| NetworkError::Closed)?
+    }
+
+    /// Lets go of the namespace: without VMs it ends, and all that is on the host with it.
+    pub(crate) async fn close(&self) -> Result<(), NetworkError> {
+        self.ask(Ask::Close).await
+    }
+}

@@ -1,0 +1,207 @@
+//! The instance's namespace as the actor holds it.
+
+use super::NetworkError;
+use super::plan::Place;
+use banger_host::net::keeper::{Keeper, KeeperError};
+use banger_host::op::{NamespaceAnswer, NamespaceOp, PortState, Publication, PublicationState};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+/// A namespace with its keeper, and what is known to be in it.
+pub(super) struct Namespace {
+    pub(super) keeper: Arc<Keeper>,
+    pub(super) keepalive: OwnedFd,
+    pub(super) network: OwnedFd,
+    pub(super) user: Option<OwnedFd>,
+    /// Bridge, ruleset and veth are there.
+    pub(super) prepared: bool,
+    pub(super) nat: BTreeSet<Ipv4Addr>,
+    pub(super) joins: BTreeSet<(Ipv4Addr, Ipv4Addr)>,
+    pub(super) published: BTreeMap<Place, Publication>,
+}
+
+impl Namespace {
+    /// Takes hold of a keeper's namespace and reads what is in it.
+    pub(super) fn open(keeper: Keeper) -> Result<Self, NetworkError> {
+        let (_, keepalive) = keeper.request(NamespaceOp::Keepalive)?;
+        let keepalive = keepalive.into_iter().next().ok_or(NetworkError::Answer)?;
+        let (_, namespaces) = keeper.request(NamespaceOp::Namespaces)?;
+        let mut namespaces = namespaces.into_iter();
+        let network = namespaces.next().ok_or(NetworkError::Answer)?;
+        let mut namespace = Self {
+            keeper: Arc::new(keeper),
+            keepalive,
+            network,
+            user: namespaces.next(),
+            prepared: false,
+            nat: BTreeSet::new(),
+            joins: BTreeSet::new(),
+            published: BTreeMap::new(),
+        };
+        namespace.look()?;
+        Ok(namespace)
+    }
+
+    /// Whether its keeper still answers.
+    pub(super) fn lives(&self) -> bool {
+        self.keeper.request(NamespaceOp::Hello).is_ok()
+    }
+
+    fn request(&self, op: NamespaceOp) -> Result<NamespaceAnswer, KeeperError> {
+        self.keeper.request(op).map(|(answer, _)| answer)
+    }
+
+    /// Measures what is in it. What a keeper of an earlier version does not know, it has not.
+    pub(super) fn look(&mut self) -> Result<(), NetworkError> {
+        self.nat = match self.known(NamespaceOp::ListNat)? {
+            Some(NamespaceAnswer::Nat { addresses }) => addresses.into_iter().collect(),
+            Some(_) => return Err(NetworkError::Answer),
+            None => BTreeSet::new(),
+        };
+        self.joins = match self.known(NamespaceOp::ListJoins)? {
+            Some(NamespaceAnswer::Joins { joins }) => joins.into_iter().collect(),
+            Some(_) => return Err(NetworkError::Answer),
+            None => BTreeSet::new(),
+        };
+        self.published = self
+            .publications()?
+            .into_iter()
+            .map(|state| (super::plan::place(&state.publication), state.publication))
+            .collect();
+        Ok(())
+    }
+
+    pub(super) fn known(&self, op: NamespaceOp) -> Result<Option<NamespaceAnswer>, NetworkError> {
+        match self.request(op) {
+            Ok(answer) => Ok(Some(answer)),
+            Err(KeeperError::Refused { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    pub(super) fn publications(&self) -> Result<Vec<PublicationState>, NetworkError> {
+        match self.known(NamespaceOp::ListPublished)? {
+            Some(NamespaceAnswer::Published { publications }) => Ok(publications),
+            Some(_) => Err(NetworkError::Answer),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    pub(super) fn ports(&self) -> Result<Vec<PortState>, NetworkError> {
+        match self.request(NamespaceOp::ListPorts)? {
+            NamespaceAnswer::Ports { ports } => Ok(ports),
+            _ => Err(NetworkError::Answer),
+        }
+    }
+
+    /// Lets a guest out, or no longer. Nothing is asked if it is so already.
+    pub(super) fn set_nat(&mut self, address: Ipv4Addr, on: bool) -> Result<(), NetworkError> {
+        if self.nat.contains(&address) == on {
+            return Ok(());
+        }
+        self.request(NamespaceOp::SetNat { address, on })?;
+        if on {
+            self.nat.insert(address);
+        } else {
+            self.nat.remove(&address);
+        }
+        Ok(())
+    }
+
+    /// Makes `joins` all that there are.
+    pub(super) fn set_joins(
+        &mut self,
+        joins: BTreeSet<(Ipv4Addr, Ipv4Addr)>,
+    ) -> Result<(), NetworkError> {
+        let changes = self.joins.symmetric_difference(&joins);
+        for &(one, other) in changes {
+            let on = joins.contains(&(one, other));
+            self.request(NamespaceOp::SetJoin { one, other, on })?;
+        }
+        self.joins = joins;
+        Ok(())
+    }
+
+    /// Listens on the host and leads the port into the guest. Nothing is done if it is so already.
+    pub(super) fn publish(&mut self, publication: &Publication) -> Result<(), NetworkError> {
+        let place = super::plan::place(publication);
+        match self.published.get(&place) {
+            Some(found) if found == publication => return Ok(()),
+            Some(_) => self.unpublish(place)?,
+            None => {}
+        }
+        let listener = listen(place).map_err(|source| NetworkError::Listen {
+            protocol: match publication.protocol {
+                banger_host::op::Protocol::Tcp => banger_core::publish::Protocol::Tcp,
+                banger_host::op::Protocol::Udp => banger_core::publish::Protocol::Udp,
+            },
+            listen: publication.listen,
+            source,
+        })?;
+        let op = NamespaceOp::Publish(publication.clone());
+        self.keeper.request_with(op, &[listener.as_fd()])?;
+        self.published.insert(place, publication.clone());
+        Ok(())
+    }
+
+    pub(super) fn unpublish(&mut self, place: Place) -> Result<(), NetworkError> {
+        let (protocol, listen) = place;
+        self.request(NamespaceOp::Unpublish { protocol, listen })?;
+        self.published.remove(&place);
+        Ok(())
+    }
+
+    /// Forgets what went with a port.
+    pub(super) fn forget(&mut self, tap: &str, address: Option<Ipv4Addr>) {
+        self.published
+            .retain(|_, publication| publication.tap != tap);
+        if let Some(address) = address {
+            self.nat.remove(&address);
+            self.joins
+                .retain(|&(one, other)| one != address && other != address);
+        }
+    }
+}
+
+fn listen((protocol, listen): Place) -> std::io::Result<OwnedFd> {
+    Ok(match protocol {
+        banger_host::op::Protocol::Tcp => TcpListener::bind(listen)?.into(),
+        banger_host::op::Protocol::Udp => UdpSocket::bind(listen)?.into(),
+    })
+}
+
+/// Starts a keeper in new namespaces.
+pub(super) fn make(
+    program: &Path,
+    socket: &Path,
+    user_namespace: bool,
+) -> Result<Namespace, NetworkError> {
+    Namespace::open(Keeper::spawn(program, socket, user_namespace)?)
+}
+
+/// Waits until the keeper no longer answers, for at most two seconds.
+pub(super) fn wait_gone(keeper: &Keeper) {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(2);
+    while std::time::Instant::now() < deadline && keeper.request(NamespaceOp::Hello).is_ok() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::SocketAddr;
+
+    #[test]
+    fn a_place_that_is_taken_is_an_error_that_says_so() {
+        let taken = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
+        let place = (banger_host::op::Protocol::Tcp, taken.local_addr().unwrap());
+        assert_eq!(
+            listen(place).unwrap_err().kind(),
+            std::io::ErrorKind::AddrInUse
+        );
+    }
+}

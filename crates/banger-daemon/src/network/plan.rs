@@ -1,0 +1,121 @@
+//! What the network shall be, computed from the VMs that live. Nothing here touches anything.
+
+use banger_core::id::{MacAddress, VmId};
+use banger_core::publish::{Protocol, PublishedPort};
+use banger_host::op::{Port, Publication};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+
+/// What one live VM has of the network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PortPlan {
+    pub(crate) vm: VmId,
+    pub(crate) address: Ipv4Addr,
+    pub(crate) nat: bool,
+    pub(crate) ports: BTreeSet<PublishedPort>,
+    pub(crate) joins: BTreeSet<VmId>,
+}
+
+impl PortPlan {
+    pub(super) fn tap(&self) -> String {
+        self.vm.tap_name()
+    }
+
+    fn mac(&self) -> MacAddress {
+        self.vm.mac()
+    }
+
+    pub(super) fn port(&self) -> Port {
+        Port {
+            tap: self.tap(),
+            mac: self.mac(),
+            address: self.address,
+        }
+    }
+
+    pub(super) fn publications(&self) -> Vec<Publication> {
+        let publication = |port: &PublishedPort| Publication {
+            protocol: wire(port.protocol),
+            listen: port.listen,
+            tap: self.tap(),
+            guest: SocketAddrV4::new(self.address, port.guest_port.get()),
+        };
+        self.ports.iter().map(publication).collect()
+    }
+}
+
+/// The protocol as the namespace's keeper names it.
+pub(super) const fn wire(protocol: Protocol) -> banger_host::op::Protocol {
+    match protocol {
+        Protocol::Tcp => banger_host::op::Protocol::Tcp,
+        Protocol::Udp => banger_host::op::Protocol::Udp,
+    }
+}
+
+/// What names a publication: protocol and place on the host.
+pub(super) type Place = (banger_host::op::Protocol, SocketAddr);
+
+pub(super) fn place(publication: &Publication) -> Place {
+    (publication.protocol, publication.listen)
+}
+
+/// All live VMs' plans, by TAP.
+pub(super) type Plans = BTreeMap<String, PortPlan>;
+
+/// The pairs that may reach each other, the lower address first: both live, and one of the two says so.
+pub(super) fn joins(plans: &Plans) -> BTreeSet<(Ipv4Addr, Ipv4Addr)> {
+    let addresses: BTreeMap<VmId, Ipv4Addr> =
+        plans.values().map(|plan| (plan.vm, plan.address)).collect();
+    plans
+        .values()
+        .flat_map(|plan| plan.joins.iter().map(move |other| (plan.address, other)))
+        .filter_map(|(one, other)| addresses.get(other).map(|other| (one, *other)))
+        .filter(|(one, other)| one != other)
+        .map(|(one, other)| (one.min(other), one.max(other)))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uuid::Uuid;
+
+    fn plan(number: u8, joins: &[u8]) -> PortPlan {
+        let id = |number: u8| VmId::from_uuid(Uuid::from_u128(u128::from(number)));
+        PortPlan {
+            vm: id(number),
+            address: Ipv4Addr::new(172, 16, 0, number),
+            nat: false,
+            ports: BTreeSet::new(),
+            joins: joins.iter().map(|other| id(*other)).collect(),
+        }
+    }
+
+    fn plans(all: &[PortPlan]) -> Plans {
+        all.iter().map(|plan| (plan.tap(), plan.clone())).collect()
+    }
+
+    #[test]
+    fn a_join_holds_once_whoever_says_it() {
+        let pair = (Ipv4Addr::new(172, 16, 0, 2), Ipv4Addr::new(172, 16, 0, 3));
+        let once = BTreeSet::from([pair]);
+        assert_eq!(joins(&plans(&[plan(2, &[3]), plan(3, &[])])), once);
+        assert_eq!(joins(&plans(&[plan(2, &[]), plan(3, &[2])])), once);
+        assert_eq!(joins(&plans(&[plan(2, &[3]), plan(3, &[2])])), once);
+    }
+
+    #[test]
+    fn nobody_is_joined_with_itself_or_with_one_that_does_not_live() {
+        assert_eq!(joins(&plans(&[plan(2, &[2, 9])])), BTreeSet::new());
+    }
+
+    #[test]
+    fn a_published_port_leads_to_the_guest_of_its_own_tap() {
+        let mut plan = plan(2, &[]);
+        plan.ports.insert("8080:80".parse().unwrap());
+        let publications = plan.publications();
+        assert_eq!(publications[0].guest.to_string(), "172.16.0.2:80");
+        assert_eq!(publications[0].tap, plan.tap());
+        assert_eq!(publications[0].listen.to_string(), "127.0.0.1:8080");
+    }
+}

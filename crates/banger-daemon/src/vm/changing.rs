@@ -1,0 +1,228 @@
+//! The actor's part that changes a VM: its spec, its name, its overlay.
+
+use super::Ask;
+use super::actor::{Actor, Reply, Run, answer_to};
+use super::files::io_error;
+use super::start_plan::{blocking, network_error};
+use crate::crash::{Side, point};
+use crate::images::ImageRecord;
+use crate::storage::{self, Layer};
+use banger_api::error::{ErrorBody, ErrorCode};
+use banger_core::decide::{Deny, Request};
+use banger_core::name::VmName;
+use banger_core::publish::PublishedPort;
+use banger_core::size::DiskBytes;
+use banger_core::spec::Storage;
+use banger_vmm::lock::{LockError, Locked, try_lock};
+use std::sync::Arc;
+use uuid::Uuid;
+
+impl Actor {
+    pub(super) async fn set(&mut self, ask: &Ask, reply: Reply) {
+        let answer = self.changed(ask).await;
+        answer_to(reply, answer.map(|()| self.view.borrow().clone()));
+    }
+
+    /// The network of a live VM first, since it may refuse; then the record. Whoever dies in between leaves a network
+    /// that the next daemon brings back to the record.
+    async fn changed(&mut self, ask: &Ask) -> Result<(), ErrorBody> {
+        let change = &ask.change;
+        if let Some(generation) = change.generation
+            && generation != self.record.generation
+        {
+            let message = format!(
+                "`{}` is at generation {}, not {generation}: someone else changed it",
+                self.record.name, self.record.generation
+            );
+            return Err(ErrorBody::new(ErrorCode::Conflict, message)
+                .hint("show it again and repeat the change"));
+        }
+        if let Some(port) = &change.patch.live.publish {
+            self.refuse_collision(port)?;
+        }
+        if let Some(image) = &change.image
+            && image.manifest.id != self.record.spec.image
+        {
+            self.reset(None, Some(image.clone())).await?;
+            self.change(|record| record.generation += 1).await?;
+            self.world.images.repin(
+                self.record.spec.image,
+                self.record.spec.kernel,
+                self.record.id,
+            );
+        }
+        if let Some(bytes) = change.disk_bytes
+            && Some(bytes) != self.record.spec.disk_bytes
+        {
+            self.grow_disk(bytes).await?;
+        }
+        let mut changed = (*self.record).clone();
+        changed.spec = changed.spec.patched(&change.patch);
+        if let Some(name) = &change.name {
+            changed.name = name.clone();
+        }
+        if changed == *self.record {
+            return Ok(());
+        }
+        let renamed = changed.name != self.record.name;
+        let live = matches!(self.run, Run::Live(_));
+        let networked = changed.port_plan() != self.record.port_plan();
+        point("set", "network", Side::Before);
+        if live && networked {
+            let applied = self.world.network.apply(changed.port_plan()).await;
+            applied.map_err(|error| network_error(&error))?;
+        }
+        point("set", "network", Side::After);
+        point("set", "record", Side::Before);
+        let (spec, name) = (changed.spec.clone(), changed.name.clone());
+        let stored = self
+            .change(|record| {
+                if record.spec != spec {
+                    record.generation += 1;
+                }
+                record.spec = spec;
+                record.name = name;
+            })
+            .await;
+        point("set", "record", Side::After);
+        if let Err(error) = stored {
+            if live
+                && networked
+                && let Err(error) = self.world.network.apply(self.record.port_plan()).await
+            {
+                tracing::warn!(vm = %self.record.id, error = banger_host::error_chain(&error), "the network is not as recorded");
+            }
+            return Err(error);
+        }
+        if renamed {
+            self.note("set", format!("called `{}` now", self.record.name), None);
+        } else {
+            self.note("set", "the spec was changed", None);
+        }
+        self.publish(|_| {});
+        Ok(())
+    }
+
+    /// Throws the overlay away: first the promise, then the layer. What a crash leaves is done before the next start.
+    pub(super) async fn reset(
+        &mut self,
+        storage: Option<(Storage, String)>,
+        image: Option<ImageRecord>,
+    ) -> Result<(), ErrorBody> {
+        // Held to the end: nothing starts on this layer.
+        let _lock = self.own_lock()?;
+        point("reset", "record", Side::Before);
+        self.change(|record| {
+            record.reset_pending = true;
+            record.overlay_uuid = Uuid::now_v7();
+            if let Some((storage, reason)) = storage {
+                record.spec.storage = storage;
+                record.storage_reason = reason;
+            }
+            if let Some(image) = image {
+                record.spec.image = image.manifest.id;
+                record.image_digest = image.manifest.sha256;
+            }
+        })
+        .await?;
+        point("reset", "record", Side::After);
+        self.note("reset", "the overlay was thrown away", None);
+        self.publish(|_| {});
+        self.finish_reset().await
+    }
+
+    /// Makes the fresh overlay that was promised.
+    pub(super) async fn finish_reset(&mut self) -> Result<(), ErrorBody> {
+        point("reset", "layer", Side::Before);
+        let (world, record, files) = (
+            Arc::clone(&self.world),
+            Arc::clone(&self.record),
+            self.files.clone(),
+        );
+        blocking(move || {
+            let layer = Layer::of(&world, &record, &files)?;
+            storage::driver(record.spec.storage).reset(&layer)
+        })
+        .await??;
+        point("reset", "layer", Side::After);
+        point("reset", "done", Side::Before);
+        self.change(|record| record.reset_pending = false).await?;
+        point("reset", "done", Side::After);
+        Ok(())
+    }
+
+    /// Gives the VM its first work disk, or a larger one. The file comes first: a record never promises more than is
+    /// there. A filesystem is grown in the guest, which knows what it holds; the host never reads it.
+    async fn grow_disk(&mut self, bytes: DiskBytes) -> Result<(), ErrorBody> {
+        let _lock = self.own_lock()?;
+        let path = self.files.disk();
+        let fresh = match self.record.disk_uuid {
+            Some(_) => None,
+            None => Some(Uuid::now_v7()),
+        };
+        if let Some(now) = self.record.spec.disk_bytes
+            && bytes < now
+        {
+            let message = format!(
+                "cannot shrink the work disk of `{}` from {} to {} bytes",
+                self.record.name,
+                now.get(),
+                bytes.get()
+            );
+            return Err(ErrorBody::new(ErrorCode::InvalidRequest, message)
+                .hint("a disk only grows; copy what you need to a new VM with a smaller one"));
+        }
+        point("set", "disk", Side::Before);
+        let cache = self.world.paths.cache.clone();
+        blocking(move || match fresh {
+            Some(uuid) => storage::replace_empty(&cache, bytes.get(), &path, uuid),
+            None => storage::extend(&path, bytes.get()),
+        })
+        .await??;
+        point("set", "disk", Side::After);
+        self.change(|record| {
+            record.spec.disk_bytes = Some(bytes);
+            record.disk_uuid = record.disk_uuid.or(fresh);
+            record.generation += 1;
+        })
+        .await?;
+        self.note(
+            "set",
+            format!("the work disk has {} bytes", bytes.get()),
+            None,
+        );
+        self.publish(|_| {});
+        Ok(())
+    }
+
+    /// The lock of a VM that is stopped.
+    fn own_lock(&self) -> Result<Locked, ErrorBody> {
+        try_lock(&self.files.lock()).map_err(|error| match &error {
+            LockError::Held(_) => self.denied(Deny::Unreachable, Request::Kill),
+            LockError::Io { path, source } => io_error("lock", path, source),
+        })
+    }
+
+    fn refuse_collision(&self, port: &PublishedPort) -> Result<(), ErrorBody> {
+        let taken = self.record.spec.ports.iter();
+        match taken
+            .filter(|other| *other != port)
+            .find(|other| other.collides(port))
+        {
+            None => Ok(()),
+            Some(other) => Err(port_taken(port, other, &self.record.name)),
+        }
+    }
+}
+
+/// The place of a port is another's already.
+pub(crate) fn port_taken(port: &PublishedPort, other: &PublishedPort, name: &VmName) -> ErrorBody {
+    let message = format!(
+        "cannot publish {} ({}): `{name}` has {other} there",
+        port.listen, port.protocol
+    );
+    ErrorBody::new(ErrorCode::Conflict, message).hint(format!(
+        "choose another port of the host, or `banger port rm {name} {}/{}`",
+        other.listen, other.protocol
+    ))
+}
