@@ -464,3 +464,59 @@ fn the_routes_of_a_vpn_are_seen_in_whatever_table_and_shape() {
     assert_eq!(machine.nat(&instance).uplinks, ["eth0", "tun0"]);
     assert!(!forwards("tun1"));
 }
+
+#[test]
+fn what_a_killed_operation_left_is_finished_or_removed_by_the_next() {
+    let Some(machine) =
+        Machine::new("what_a_killed_operation_left_is_finished_or_removed_by_the_next")
+    else {
+        return;
+    };
+    let instance = Instance::new(1);
+    let before = machine.state();
+    let veth = instance.veth();
+    machine.attach(&instance).unwrap();
+    machine.nat(&instance);
+    let whole = machine.state();
+    let record = machine.folder.join(format!("{}.json", instance.id));
+    let recorded = std::fs::read(&record).unwrap();
+
+    // Recorded, and killed before anything was made.
+    machine.perform(&instance.detach()).unwrap();
+    std::fs::write(&record, &recorded).unwrap();
+    assert_eq!(machine.host.settle().unwrap().ended, [instance.id]);
+    assert_eq!(machine.state(), before);
+
+    // Killed between making the veth, in the group of unfinished ones, and giving it its tag.
+    std::fs::write(&record, &recorded).unwrap();
+    sh(&format!(
+        "ip link add {veth} group 1651402610 type veth peer name p"
+    ));
+    machine.attach(&instance).unwrap();
+    machine.nat(&instance);
+    let names = |state: &str| -> String {
+        // A link made anew has another number.
+        state
+            .split_whitespace()
+            .filter(|word| !word.contains(|c: char| c.is_ascii_digit()))
+            .collect()
+    };
+    assert_eq!(names(&machine.state()), names(&whole));
+
+    // Killed between removing the veth and the rest.
+    sh(&format!("ip link del {veth}"));
+    machine.perform(&instance.detach()).unwrap();
+    assert_eq!(machine.state(), before);
+
+    // Killed between removing the table and forgetting it; and all of the facts lost.
+    machine.attach(&instance).unwrap();
+    sh("nft delete table inet banger_1f2e3d4c5b01");
+    machine.perform(&instance.detach()).unwrap();
+    assert_eq!(machine.state(), before);
+    machine.attach(&instance).unwrap();
+    std::fs::remove_dir_all(&machine.folder).unwrap();
+    machine.attach(&instance).unwrap();
+    std::fs::remove_dir_all(&machine.folder).unwrap();
+    machine.perform(&instance.detach()).unwrap();
+    assert_eq!(machine.state(), before);
+}
