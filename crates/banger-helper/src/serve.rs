@@ -62,8 +62,6 @@ struct Shared {
     user_namespace: bool,
     /// The write end that is copied to clients; ours is closed at the first copy.
     handout: Mutex<Handout>,
-    /// Held while sockets at fixed places are made and handed out.
-    turns: Mutex<()>,
     /// Where the read end is found to open the write end again.
     pipe: String,
 }
@@ -117,7 +115,6 @@ impl Server {
                 namespace: Namespace::new(),
                 user_namespace,
                 handout: Mutex::new(Handout::Unclaimed(handout)),
-                turns: Mutex::new(()),
                 pipe: format!("/proc/self/fd/{}", keepalive.as_raw_fd()),
             }),
             keepalive,
@@ -231,19 +228,12 @@ impl Shared {
         while let Ok(Some((message, came_with))) =
             seqpacket::receive(connection, Some(Instant::now() + CLIENT_TIMEOUT))
         {
-            // A place can be taken again only when our copy of the socket at it is closed as well.
-            let request = parse(&message);
-            let turn = matches!(request, Ok(NamespaceOp::DnsSockets))
-                .then(|| self.turns.lock().unwrap_or_else(PoisonError::into_inner));
-            let answer = request.and_then(|op| self.answer(op, came_with));
+            let answer = parse(&message).and_then(|op| self.answer(op, came_with));
             let (result, descriptors) = match answer {
                 Ok((answer, descriptors)) => (Ok(answer), descriptors),
                 Err(why) => (Err(why), Vec::new()),
             };
-            let replied = reply(connection, result, &descriptors);
-            drop(descriptors);
-            drop(turn);
-            if replied.is_err() {
+            if reply(connection, result, &descriptors).is_err() {
                 return;
             }
         }

@@ -482,10 +482,12 @@ impl Network<'_> {
         Ok(NamespaceAnswer::Done)
     }
 
-    fn dns_sockets(&mut self) -> Result<(NamespaceAnswer, Vec<OwnedFd>), NamespaceError> {
+    fn dns_sockets(mut self) -> Result<(NamespaceAnswer, Vec<OwnedFd>), NamespaceError> {
         let pool = self.ruleset.shape().ok_or(NamespaceError::NoBase)?.pool;
         let uplink = self.links.find(UPLINK)?;
         let host = uplink.is_some_and(|uplink| uplink.kind.as_deref() == Some("veth"));
+        // It may have to wait, and nobody else has to wait for that.
+        drop(self.ruleset);
         let sockets = dns_sockets::open(pool, host)?;
         Ok((NamespaceAnswer::DnsSockets { host }, sockets))
     }
