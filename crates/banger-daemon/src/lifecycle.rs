@@ -15,7 +15,7 @@ use crate::operations::Operations;
 use crate::record::VmRecord;
 use crate::registry::Registry;
 use crate::server::{self, App};
-use crate::storage::{StorageHost, watermark};
+use crate::storage::{self, StorageHost, watermark};
 use crate::store::{Opened, Store};
 use crate::vm::actor::{self, Found};
 use crate::vm::files::make_folder;
@@ -376,6 +376,7 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
         let _ = looked.await;
     }
     remove_foreign_ports(&world, &registry).await;
+    detach_foreign_snapshots(&world, &registry).await;
     tokio::spawn(watermark::watch(Arc::clone(&world), Arc::clone(&registry)));
     let app = App { world, registry };
     tokio::spawn(names::keep_serving(app.clone(), sockets));
@@ -455,6 +456,20 @@ async fn readdress(world: &World, mut records: Vec<VmRecord>) -> Result<Vec<VmRe
             .map_err(|error| store_error(&error))?;
     }
     Ok(records)
+}
+
+/// Snapshots of ours that belong to no VM are left from a VM whose record is gone: they are detached.
+async fn detach_foreign_snapshots(world: &World, registry: &Registry) {
+    let known = [false, true]
+        .into_iter()
+        .flat_map(|trash| registry.list(trash))
+        .map(|handle| handle.id)
+        .collect();
+    let instance = world.instance.id;
+    let swept = tokio::task::spawn_blocking(move || storage::sweep(instance, &known)).await;
+    for (vm, error) in swept.unwrap_or_default() {
+        tracing::warn!(%vm, error = error.message, causes = ?error.causes, "a snapshot could not be detached");
+    }
 }
 
 /// Ports of our namespace that belong to no VM are left from a VM whose record is gone: they go.

@@ -16,7 +16,7 @@ pub(crate) mod watermark;
 mod tests;
 
 pub(crate) use facts::StorageFacts;
-pub(crate) use snapshot::{Tended, tend};
+pub(crate) use snapshot::{Tended, sweep, tend};
 
 use crate::images::build_error;
 use crate::record::VmRecord;
@@ -156,7 +156,6 @@ pub(crate) trait StorageDriver: std::fmt::Debug + Send + Sync {
         Ok(())
     }
 
-    #[allow(dead_code, reason = "the verbs that need it come after it")]
     /// Throws the layer away and makes a fresh one over the layer's image. The VM's lock must be held. After an
     /// error, or a crash, the old layer is there, whole, or the new one.
     fn reset(&self, layer: &Layer) -> Result<(), ErrorBody> {
@@ -316,7 +315,6 @@ fn ensure_disk(
     }
 }
 
-#[allow(dead_code, reason = "the verbs that need it come after it")]
 fn fresh_beside(file: &Path) -> PathBuf {
     file.with_extension("fresh")
 }

@@ -9,6 +9,7 @@ use super::{
 };
 use crate::vm::files::io_error;
 use banger_api::error::{ErrorBody, ErrorCode};
+use banger_core::id::{InstanceId, VmId};
 use banger_core::spec::Storage;
 use banger_core::watermark::{
     CowVerdict, UNLIMITED_WRITES, cow, cow_first, cow_most, cow_must_pause, cow_next_check_ms,
@@ -17,6 +18,7 @@ use banger_host::host_side::HostSide;
 use banger_host::op::{HostAnswer, HostOp, SnapshotState};
 use banger_host::storage::{create_sparse, ops, preallocate};
 use banger_image::template;
+use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
@@ -77,7 +79,7 @@ impl StorageDriver for Snapshot {
 
     fn close(&self, owner: &Owner) -> Result<(), ErrorBody> {
         let uid = rustix::process::geteuid().as_raw();
-        if !ops::is_there(uid, owner.instance, owner.vm) {
+        if !ops::seen(uid, owner.instance).contains(&owner.vm) {
             return Ok(());
         }
         ask(
@@ -89,6 +91,21 @@ impl StorageDriver for Snapshot {
         )
         .map(drop)
     }
+}
+
+/// Detaches the snapshots of an instance's VMs that are not `known`: their records are gone. Answers what could not be
+/// detached.
+pub(crate) fn sweep(instance: InstanceId, known: &HashSet<VmId>) -> Vec<(VmId, ErrorBody)> {
+    let uid = rustix::process::geteuid().as_raw();
+    ops::seen(uid, instance)
+        .into_iter()
+        .filter(|vm| !known.contains(vm))
+        .filter_map(|vm| {
+            tracing::warn!(%vm, "a snapshot without a VM is detached");
+            let closed = Snapshot.close(&Owner { instance, vm });
+            closed.err().map(|error| (vm, error))
+        })
+        .collect()
 }
 
 /// The size of the VM's root: the image and the new data that it may write.

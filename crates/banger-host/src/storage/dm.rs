@@ -406,15 +406,16 @@ fn open_by_number(flags: OFlags) -> Result<OwnedFd, Errno> {
     opened
 }
 
-/// Whether a device with `uuid` is there, which everybody may see.
-pub fn is_there(uuid: &str) -> bool {
+/// The uuids of all devices, which everybody may see.
+pub fn seen() -> Vec<String> {
     let Ok(devices) = std::fs::read_dir("/sys/block") else {
-        return false;
+        return Vec::new();
     };
-    devices.flatten().any(|device| {
-        let found = std::fs::read_to_string(device.path().join("dm/uuid"));
-        found.is_ok_and(|found| found.trim_end() == uuid)
-    })
+    devices
+        .flatten()
+        .filter_map(|device| std::fs::read_to_string(device.path().join("dm/uuid")).ok())
+        .map(|uuid| uuid.trim_end().to_owned())
+        .collect()
 }
 
 /// A `struct dm_ioctl` with room for data, aligned as the kernel has it.

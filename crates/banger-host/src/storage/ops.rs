@@ -17,6 +17,7 @@ use linux_raw_sys::general::FUSE_SUPER_MAGIC;
 use rustix::fd::BorrowedFd;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
+use std::collections::BTreeSet;
 
 /// What is copied at once on a first write, in sectors: a block of the guest's filesystem.
 pub const CHUNK_SECTORS: u64 = 8;
@@ -156,10 +157,12 @@ pub fn list(uid: u32) -> Result<Vec<OwnedObject>, SnapshotError> {
     Ok(found)
 }
 
-/// Whether a VM of `uid` has a snapshot, or the rest of one, which everybody may see.
-pub fn is_there(uid: u32, instance: InstanceId, vm: VmId) -> bool {
-    let names = Names::new(uid, instance, vm);
-    dm::is_there(&names.snapshot) || dm::is_there(&names.origin)
+/// The VMs of `uid` and `instance` that have a snapshot, or the rest of one, which everybody may see.
+pub fn seen(uid: u32, instance: InstanceId) -> BTreeSet<VmId> {
+    let ours = dm::seen().into_iter().filter_map(|uuid| parse(uid, &uuid));
+    ours.filter(|(of, _)| *of == instance)
+        .map(|(_, vm)| vm)
+        .collect()
 }
 
 fn parse(uid: u32, uuid: &str) -> Option<(InstanceId, VmId)> {

@@ -313,6 +313,10 @@ fn lives_on_a_snapshot(driver: &str) {
     let mounts = world.ssh(driver, "cat /proc/mounts");
     assert!(mounts.contains("/dev/vda / ext4 rw"), "{mounts}");
     world.ssh(driver, "echo kept > /root/mark; sync");
+    // The devices are the VM's, not the daemon's.
+    let attached = devices();
+    super::kill_daemon_and_look(&world, driver, &vm["attempt"]["vmm_pid"]);
+    assert_eq!(devices(), attached);
     world.banger(&["vm", "stop", driver]);
     assert_eq!(devices(), before, "a stopped VM has no devices");
     let stages = world.start(driver);
@@ -323,6 +327,47 @@ fn lives_on_a_snapshot(driver: &str) {
     world.start(driver);
     world.banger(&["vm", "delete", driver, "--force", "--purge"]);
     assert_eq!(devices(), before);
+    world.leaves_nothing();
+}
+
+#[test]
+#[ignore = "runs inside the test host"]
+fn a_copy_on_write_file_grows_while_the_guest_writes() {
+    let world = World::new();
+    let options = [
+        "vm",
+        "create",
+        "--name",
+        "writer",
+        "--image",
+        "tiny",
+        "--memory",
+        "256",
+        "--vcpu",
+        "1",
+        "--wait",
+        "--driver",
+        "qemu",
+        "--storage",
+        "snapshot",
+        "--overlay-size",
+        "2G",
+    ];
+    world.banger(&options);
+    world.ssh(
+        "writer",
+        "dd if=/dev/urandom of=/root/big bs=1M count=460 2>&1; sync",
+    );
+    let before = world.ssh("writer", "md5sum /root/big");
+    let why = world.banger(&["vm", "why", "writer"]);
+    assert!(
+        why.contains("its copy-on-write file has 1024 MiB now"),
+        "{why}"
+    );
+    world.banger(&["vm", "stop", "writer"]);
+    world.start("writer");
+    assert_eq!(world.ssh("writer", "md5sum /root/big"), before);
+    world.banger(&["vm", "delete", "writer", "--force", "--purge"]);
     world.leaves_nothing();
 }
 
