@@ -39,21 +39,9 @@ pub fn say(line: std::fmt::Arguments<'_>) {
 /// The process is out of descriptors or threads for good, or cannot hear of changes.
 pub fn serve(listener: OwnedFd, host: Host, idle: Option<Duration>) -> io::Result<()> {
     let host = Arc::new(host);
-    // The keeping thread ends with the write end.
-    let (until, alive) = io::pipe()?;
-    let keeping = Arc::clone(&host);
-    std::thread::Builder::new()
-        .name("keep".to_owned())
-        .spawn(move || {
-            if let Err(error) = keeping.keep_settled(until.as_fd(), report) {
-                // Systemd, or whoever started it, has to know: rules could stay flushed.
-                say(format_args!("cannot hear of changes: {error}"));
-                std::process::exit(1);
-            }
-        })?;
-    let served = accept_until_idle(&listener, &host, idle);
-    drop(alive);
-    served
+    // Without it rules could stay flushed, so there is no serving.
+    let _keeping = host.keep(report)?;
+    accept_until_idle(&listener, &host, idle)
 }
 
 fn report(settled: Result<Settled, HostOpError>) -> ControlFlow<()> {
@@ -70,7 +58,13 @@ fn report(settled: Result<Settled, HostOpError>) -> ControlFlow<()> {
                 say(format_args!("cannot put instance {instance} right: {why}"));
             }
         }
-        Err(error) => say(format_args!("cannot settle: {}", error_chain(&error))),
+        Err(error) => {
+            say(format_args!("cannot settle: {}", error_chain(&error)));
+            if matches!(error, HostOpError::Watch(_)) {
+                // Rules could stay flushed now: systemd starts another.
+                std::process::exit(1);
+            }
+        }
     }
     ControlFlow::Continue(())
 }

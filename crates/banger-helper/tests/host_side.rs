@@ -181,45 +181,42 @@ fn a_flushed_ruleset_and_another_default_route_are_put_right_within_a_second() {
     machine.nat(&instance);
     let rules = || run("nft", &["list", "ruleset"]);
     let whole = rules();
-    let (until, stop) = std::io::pipe().unwrap();
-    std::thread::scope(|scope| {
-        let keeping = scope.spawn(|| {
-            machine.host.keep_settled(until.as_fd(), |settled| {
-                let settled = settled.unwrap();
-                assert!(settled.failed.is_empty(), "{settled:?}");
-                ControlFlow::Continue(())
-            })
-        });
-        let put_right = |what: &str, done: &dyn Fn() -> bool| {
-            let started = Instant::now();
-            wait_for(what, done);
-            let took = started.elapsed();
-            assert!(took < Duration::from_secs(1), "{what} took {took:?}");
-        };
-        sh("nft flush ruleset");
-        put_right("the table", &|| rules() == whole);
-        sh(
-            "nft delete chain inet banger_1f2e3d4c5b01 to_host || nft flush chain inet banger_1f2e3d4c5b01 to_host",
-        );
-        put_right("the chain", &|| rules() == whole);
-        sh("nft flush set inet banger_1f2e3d4c5b01 uplinks");
-        put_right("the set", &|| rules() == whole);
-        sh("echo 0 > /proc/sys/net/ipv4/conf/eth0/forwarding");
-        put_right("forwarding", &|| forwards("eth0"));
+    let keeping = machine
+        .host
+        .keep(|settled| {
+            let settled = settled.unwrap();
+            assert!(settled.failed.is_empty(), "{settled:?}");
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+    let put_right = |what: &str, done: &dyn Fn() -> bool| {
+        let started = Instant::now();
+        wait_for(what, done);
+        let took = started.elapsed();
+        assert!(took < Duration::from_secs(1), "{what} took {took:?}");
+    };
+    sh("nft flush ruleset");
+    put_right("the table", &|| rules() == whole);
+    sh(
+        "nft delete chain inet banger_1f2e3d4c5b01 to_host || nft flush chain inet banger_1f2e3d4c5b01 to_host",
+    );
+    put_right("the chain", &|| rules() == whole);
+    sh("nft flush set inet banger_1f2e3d4c5b01 uplinks");
+    put_right("the set", &|| rules() == whole);
+    sh("echo 0 > /proc/sys/net/ipv4/conf/eth0/forwarding");
+    put_right("forwarding", &|| forwards("eth0"));
 
-        sh("ip link add eth9 type bridge; ip link set eth9 up; ip route replace default dev eth9");
-        put_right("the new device", &|| forwards("eth9") && !forwards("eth0"));
-        assert!(rules().contains("elements = { \"eth9\" }"));
-        sh("ip route del default");
-        put_right("no device", &|| {
-            !forwards("eth9") && !rules().contains("eth9")
-        });
-        sh("ip route add default via 198.51.100.2 dev eth0");
-        put_right("the old device", &|| rules() == whole && forwards("eth0"));
-        assert!(instance.reach(&machine.internet, SERVER).is_some());
-        drop(stop);
-        keeping.join().unwrap().unwrap();
+    sh("ip link add eth9 type bridge; ip link set eth9 up; ip route replace default dev eth9");
+    put_right("the new device", &|| forwards("eth9") && !forwards("eth0"));
+    assert!(rules().contains("elements = { \"eth9\" }"));
+    sh("ip route del default");
+    put_right("no device", &|| {
+        !forwards("eth9") && !rules().contains("eth9")
     });
+    sh("ip route add default via 198.51.100.2 dev eth0");
+    put_right("the old device", &|| rules() == whole && forwards("eth0"));
+    assert!(instance.reach(&machine.internet, SERVER).is_some());
+    drop(keeping);
 }
 
 #[test]

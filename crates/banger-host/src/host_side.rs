@@ -13,7 +13,7 @@ mod tag;
 mod veth;
 
 pub use client::{HELPER_SOCKET, HelperClient, HelperError};
-pub use host::{Caller, Host, MAX_INSTANCES, Settled};
+pub use host::{Caller, Host, Keeping, MAX_INSTANCES, Settled};
 pub use ledger::LedgerError;
 
 use crate::net::host::HostOpError;
@@ -42,19 +42,19 @@ impl HostSide {
             .map(Self::Helper)
     }
 
-    /// Keeps what was asked for as it is, whoever changes the packet filter, default routes or forwarding: see
-    /// [`Host::keep_settled`]. Returns at once where the helper does this by itself.
+    /// Keeps what was asked for as it is, in a thread of its own, whoever changes the packet filter, default routes or
+    /// forwarding: see [`Host::keep`]. Ends when the answer is dropped. Nothing where the helper does this by
+    /// itself.
     ///
     /// # Errors
-    /// Changes cannot be heard of.
-    pub fn keep_settled(
+    /// Changes cannot be heard of, or the process is out of threads.
+    pub fn keep(
         &self,
-        until: BorrowedFd<'_>,
-        report: impl FnMut(Result<Settled, HostOpError>) -> ControlFlow<()>,
-    ) -> io::Result<()> {
+        report: impl FnMut(Result<Settled, HostOpError>) -> ControlFlow<()> + Send + 'static,
+    ) -> io::Result<Option<Keeping>> {
         match self {
-            Self::InProcess(host) => host.keep_settled(until, report),
-            Self::Helper(_) => Ok(()),
+            Self::InProcess(host) => host.keep(report).map(Some),
+            Self::Helper(_) => Ok(None),
         }
     }
 

@@ -14,7 +14,7 @@ use crate::op::{HostAnswer, HostOp, NatReport, OwnedKind, OwnedObject, ResolvedR
 use crate::storage::ops;
 use banger_core::addr::Pool;
 use banger_core::id::InstanceId;
-use rustix::fd::{BorrowedFd, OwnedFd};
+use rustix::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::collections::BTreeSet;
 use std::io;
 use std::net::Ipv4Addr;
@@ -46,6 +46,12 @@ impl Caller {
 #[derive(Debug)]
 pub struct Host {
     folder: PathBuf,
+}
+
+/// A thread that keeps what was asked for as it is; it ends when this is dropped.
+#[derive(Debug)]
+pub struct Keeping {
+    _alive: io::PipeWriter,
 }
 
 /// What settling found to do.
@@ -143,22 +149,34 @@ impl Host {
         self.work()?.settle()
     }
 
-    /// Settles now, and again whenever somebody changes the packet filter, links, routes or forwarding, until `until`
-    /// can be read or is hung up, or `report`, which hears every outcome, breaks off.
+    /// Settles now, and again whenever somebody changes the packet filter, links, routes or forwarding, in a thread of
+    /// its own: until the answer is dropped, or `report`, which hears every outcome, breaks off. After a
+    /// [`HostOpError::Watch`] nobody keeps it any more.
     ///
     /// # Errors
-    /// Changes cannot be heard of.
-    pub fn keep_settled(
+    /// Changes cannot be heard of, or the process is out of threads.
+    pub fn keep(
         &self,
-        until: BorrowedFd<'_>,
-        mut report: impl FnMut(Result<Settled, HostOpError>) -> ControlFlow<()>,
-    ) -> io::Result<()> {
+        mut report: impl FnMut(Result<Settled, HostOpError>) -> ControlFlow<()> + Send + 'static,
+    ) -> io::Result<Keeping> {
         let watch = Watch::open()?;
-        loop {
-            if report(self.settle()).is_break() || watch.wait(None, Some(until))?.is_none() {
-                return Ok(());
-            }
-        }
+        let (until, alive) = io::pipe()?;
+        let host = Self::with_folder(self.folder.clone());
+        std::thread::Builder::new()
+            .name("keep-host".to_owned())
+            .spawn(move || {
+                while report(host.settle()).is_continue() {
+                    match watch.wait(None, Some(until.as_fd())) {
+                        Ok(Some(_)) => {}
+                        Ok(None) => return,
+                        Err(error) => {
+                            let _ = report(Err(HostOpError::Watch(error)));
+                            return;
+                        }
+                    }
+                }
+            })?;
+        Ok(Keeping { _alive: alive })
     }
 
     fn work(&self) -> Result<Work, HostOpError> {

@@ -120,6 +120,9 @@ pub enum HostOpError {
     /// A snapshot could not be made, found or removed.
     #[error(transparent)]
     Snapshot(#[from] crate::storage::ops::SnapshotError),
+    /// Changes that others make are not heard of any more.
+    #[error("cannot hear of changes of the host's network")]
+    Watch(#[source] io::Error),
     /// The namespace could not be entered.
     #[error("cannot enter the instance's network namespace")]
     Enter(#[source] io::Error),
