@@ -505,6 +505,16 @@ fn what_a_killed_operation_left_is_finished_or_removed_by_the_next() {
     machine.perform(&instance.detach()).unwrap();
     assert_eq!(machine.state(), before);
 
+    // Made by another version, with other rules.
+    machine.attach(&instance).unwrap();
+    let rules = run("nft", &["list", "ruleset"]);
+    let text = std::fs::read_to_string(&record).unwrap();
+    let (first, _) = text.split_once(",\"made_from\":").unwrap();
+    std::fs::write(&record, format!("{first}}},\"dns\":null}}")).unwrap();
+    assert_eq!(machine.host.settle().unwrap().repaired, [instance.id]);
+    assert_eq!(run("nft", &["list", "ruleset"]), rules);
+    machine.perform(&instance.detach()).unwrap();
+
     // Killed between removing the table and forgetting it; and all of the facts lost.
     machine.attach(&instance).unwrap();
     sh("nft delete table inet banger_1f2e3d4c5b01");

@@ -504,6 +504,7 @@ impl Work {
             Some(mark) => {
                 mark.uplinks == uplinks
                     && mark.lent == lent
+                    && mark.made_from == table::made_from()
                     && self.tables.checksum(&name)? == Some(mark.checksum)
             }
             None => false,
@@ -520,6 +521,7 @@ impl Work {
                 uplinks: uplinks.to_vec(),
                 lent: lent.to_vec(),
                 checksum: self.tables.checksum(&name)?.unwrap_or(0),
+                made_from: table::made_from(),
             });
             self.ledger.save(&record)?;
         }

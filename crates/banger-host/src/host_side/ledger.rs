@@ -59,6 +59,9 @@ pub(super) struct TableMark {
     pub(super) uplinks: Vec<String>,
     pub(super) lent: Vec<String>,
     pub(super) checksum: u32,
+    /// Of the file that its rules are made from: another version of us has others.
+    #[serde(default)]
+    pub(super) made_from: u32,
 }
 
 /// A device that did not forward before us.

@@ -28,6 +28,11 @@ pub(super) fn name(instance: InstanceId) -> String {
     format!("{PREFIX}{}", instance.tail(12))
 }
 
+/// What tells the rules of this version from another's.
+pub(super) fn made_from() -> u32 {
+    crc32c::crc32c(RULES.as_bytes())
+}
+
 /// What a table is made for.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Contents<'a> {
@@ -209,6 +214,7 @@ fn script(contents: Contents<'_>) -> String {
         .replace("TABLE", &table)
         .replace("TAG", &tag.to_string())
         .replace("VETH", &tag.instance.veth_name())
+        .replace("POOL", &pool.network().to_string())
         .replace("GUESTS", &guests.to_string());
     for (set, devices) in SETS.into_iter().zip([contents.uplinks, contents.lent]) {
         for device in devices.iter().filter(|device| is_plain_name(device)) {
@@ -245,14 +251,12 @@ mod tests {
                 "{line}"
             );
         }
-        for (word, place) in [
-            ("TABLE", false),
-            ("TAG", false),
-            ("VETH", false),
-            ("GUESTS", false),
-        ] {
-            let rules = text.lines().filter(|line| !line.starts_with('#'));
-            assert_eq!(rules.into_iter().any(|line| line.contains(word)), place);
+        let rules = text
+            .lines()
+            .filter(|line| !line.trim_start().starts_with('#'));
+        let rules = rules.collect::<Vec<_>>().join("\n");
+        for word in ["TABLE", "TAG", "VETH", "POOL", "GUESTS"] {
+            assert!(!rules.contains(word), "{word}");
         }
         assert!(!text.contains("flush"));
         assert!(text.ends_with("add element inet banger_1f2e3d4c5b6a uplinks { \"eth0\" }\n"));
@@ -265,6 +269,15 @@ mod tests {
             let (_, rest) = text.split_once(&format!("chain {chain} {{")).unwrap();
             let (rules, _) = rest.split_once("\n\t}").unwrap();
             assert!(rules.ends_with("\n\t\tdrop"), "{chain}: {rules}");
+            // Nothing is let through that does not say which addresses it may have.
+            let accepting = rules.lines().filter(|rule| rule.ends_with("accept"));
+            for rule in accepting {
+                let words = rule.trim_start();
+                assert!(
+                    words.starts_with("ip saddr 172.16.") || words.starts_with("ip daddr 172.16."),
+                    "{rule}"
+                );
+            }
         }
     }
 
