@@ -257,9 +257,6 @@ impl VmSpec {
 
 /// The default number of vCPUs.
 pub const DEFAULT_VCPUS: u64 = 2;
-/// vCPUs of a VM that was asked for nothing else, where software emulation runs it: one host thread emulates them
-/// all in turns, so a second one costs a quarter of the speed and gives nothing.
-pub const DEFAULT_VCPUS_EMULATED: u64 = 1;
 /// The default amount of memory in MiB.
 pub const DEFAULT_MEMORY_MIB: u64 = 1024;
 /// The default overlay size in bytes.

@@ -21,11 +21,9 @@ use banger_core::phase::{Desired, Phase, StopReason};
 use banger_core::publish::PublishedPort;
 use banger_core::size::DiskBytes;
 use banger_core::spec::{
-    DEFAULT_MEMORY_MIB, DEFAULT_OVERLAY_BYTES, DEFAULT_VCPUS, DEFAULT_VCPUS_EMULATED, DriverChoice,
-    StorageChoice, VmSpec,
+    DEFAULT_MEMORY_MIB, DEFAULT_OVERLAY_BYTES, DEFAULT_VCPUS, DriverChoice, StorageChoice, VmSpec,
 };
 use banger_core::words::free_name;
-use banger_vmm::driver::Accelerator;
 use jiff::Timestamp;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::Ipv4Addr;
@@ -458,11 +456,7 @@ fn draft(
     let choose = |asked: Option<u64>, configured: Option<u64>, fallback| {
         asked.or(configured).unwrap_or(fallback)
     };
-    let asked_vcpus = request
-        .vcpus
-        .or(defaults.vcpus)
-        .map(convert::vcpus)
-        .transpose()?;
+    let vcpus = convert::vcpus(choose(request.vcpus, defaults.vcpus, DEFAULT_VCPUS))?;
     let memory_mib = convert::memory(choose(
         request.memory_mib,
         defaults.memory_mib,
@@ -497,21 +491,14 @@ fn draft(
     };
     let (storage, storage_reason) =
         storage::choose(world, storage).map_err(|error| storage::impossible(&error))?;
-    let vmlinux = world
-        .images
-        .kernel_folder(kernel.manifest.id)
-        .join(banger_image::kernel::VMLINUX);
-    let accelerator = match world.drivers.choose(driver, Some(&vmlinux)) {
-        Ok(chosen) => Some(chosen.accelerator),
-        // What cannot run is not created, unless it is not to run yet.
-        Err(error) if request.start => return Err(error),
-        Err(_) => None,
-    };
-    let vcpus = match (asked_vcpus, accelerator) {
-        (Some(asked), _) => asked,
-        (None, Some(Accelerator::Tcg)) => convert::vcpus(DEFAULT_VCPUS_EMULATED)?,
-        (None, _) => convert::vcpus(DEFAULT_VCPUS)?,
-    };
+    if request.start {
+        // What cannot run is not created.
+        let vmlinux = world
+            .images
+            .kernel_folder(kernel.manifest.id)
+            .join(banger_image::kernel::VMLINUX);
+        world.drivers.choose(driver, Some(&vmlinux))?;
+    }
     let keys = keys::generate("banger")
         .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
     let spec = VmSpec {

@@ -32,7 +32,7 @@ pub(crate) struct CreateArgs {
     /// Its image (default: `default`)
     #[arg(long, add = complete::images())]
     image: Option<String>,
-    /// vCPUs, 1 to 16 (default: 2, or 1 under software emulation)
+    /// vCPUs, 1 to 16 (default: 2)
     #[arg(long, alias = "vcpus", value_name = "N", value_parser = value::vcpus)]
     vcpu: Option<u64>,
     /// Memory in MiB, or with a unit such as `2G`; 128 MiB to 32 GiB (default: 1024)
