@@ -135,10 +135,55 @@ fn answer(request: &str, paths: &Paths, refuses: bool) -> (u16, String) {
             return (404, serde_json::json!(error).to_string());
         }
         (Some("POST"), "/v1/vms") => vm("calm-otter"),
+        (_, path) if HOST.iter().any(|(known, _)| *known == path) => {
+            let known = HOST.iter().find(|(known, _)| *known == path);
+            serde_json::from_str(known.map_or("null", |(_, reply)| *reply)).unwrap_or_default()
+        }
         (_, path) => vm(&name(path)),
     };
     (200, reply.to_string())
 }
+
+/// What is answered about the host and several VMs at once.
+const HOST: &[(&str, &str)] = &[
+    (
+        "/v1/network",
+        r#"{"mode": "root", "dropped": {"private": 12}, "repairs": 0,
+            "way_out": {"state": "open", "by": ["eth0"], "closed_by": [
+                {"chain": "chain FORWARD of table ip filter", "remedy": "iptables -I DOCKER-USER -j ACCEPT"}]},
+            "vms": [{"id": "0198c2a4-7d1e-7b3a-9c4d-1f2e3d4c5b6a", "name": "calm-otter", "address": "172.16.0.2",
+                "live": true, "nat": true, "nat_now": true, "joins": ["fox"], "ports": [
+                    {"protocol": "tcp", "listen": "127.0.0.1:8080", "guest_port": 80, "open": true,
+                     "connections": 1, "problem": null}]}]}"#,
+    ),
+    (
+        "/v1/dns",
+        r#"{"guests": "172.16.0.1:53", "host": null, "host_names": "not configured", "records_file": "/s/records.json",
+            "records": [{"name": "calm-otter.vm", "address": "172.16.0.2"}], "counters": {}}"#,
+    ),
+    (
+        "/v1/host",
+        r#"[{"kind": "tap", "name": "bt1f2e3d4c5b", "owner": "calm-otter", "expected": false}]"#,
+    ),
+    (
+        "/v1/host/clean",
+        r#"{"done": ["removed tap bt1f2e3d4c5b"], "left": []}"#,
+    ),
+    (
+        "/v1/doctor/repair",
+        r#"{"done": ["loaded the rules"], "left": ["veth bv1: it is busy"]}"#,
+    ),
+    (
+        "/v1/restore",
+        r#"[{"id": "0198c2a4-7d1e-7b3a-9c4d-1f2e3d4c5b6a", "name": "calm-otter", "error": null}]"#,
+    ),
+    (
+        "/v1/trash/empty",
+        r#"[{"id": "0198c2a4-7d1e-7b3a-9c4d-1f2e3d4c5b6a", "name": "calm-otter", "error": null},
+            {"id": "0198c2a4-7d1e-7b3a-9c4d-1f2e3d4c5b6b", "name": "fox", "error":
+                {"code": "no-space", "message": "cannot purge `fox`", "causes": [], "hints": []}}]"#,
+    ),
+];
 
 fn vm(name: &str) -> serde_json::Value {
     serde_json::json!({

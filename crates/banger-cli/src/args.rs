@@ -16,6 +16,8 @@ Examples:
   banger vm create --name otter --wait   Create a VM, boot it, wait until it is ready
   banger vm ssh otter                    Log in to it
   banger vm list                         Show all VMs
+  banger nat up otter                    Let it reach the internet
+  banger port add otter 8080:80          Lead port 8080 of this machine into it
   banger vm stop otter                   Ask it to shut down; its disks stay
   banger doctor                          See what this machine can do
 

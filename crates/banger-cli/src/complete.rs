@@ -10,8 +10,17 @@ const LIMIT: Duration = Duration::from_millis(200);
 
 /// Completes names of VMs.
 pub(crate) fn vms() -> ArgValueCandidates {
-    ArgValueCandidates::new(|| {
-        ask::<GetVms>(&ListVms::default()).map_or_else(Vec::new, |vms| {
+    vms_in(false)
+}
+
+/// Completes names of VMs in the trash.
+pub(crate) fn trashed_vms() -> ArgValueCandidates {
+    vms_in(true)
+}
+
+fn vms_in(trash: bool) -> ArgValueCandidates {
+    ArgValueCandidates::new(move || {
+        ask::<GetVms>(&ListVms { trash }).map_or_else(Vec::new, |vms| {
             let help = |vm: &banger_api::vm::Vm| format!("{} {}", vm.phase.name(), vm.address);
             vms.iter()
                 .map(|vm| candidate(vm.name.as_str(), help(vm)))

@@ -3,6 +3,7 @@
 mod args;
 mod commands;
 mod complete;
+mod confirm;
 mod context;
 mod ensure_daemon;
 mod escape;

@@ -71,6 +71,16 @@ fn line(text: &mut String, label: &str, color: AnsiColor, message: &str) {
     let _ = writeln!(text, "{style}{label}:{style:#} {}", message.trim_end());
 }
 
+/// Tells of something that works otherwise than it was asked for, and what helps, on stderr.
+pub(crate) fn warn(message: &str, hints: &[String]) {
+    let mut text = String::new();
+    line(&mut text, "warning", AnsiColor::Yellow, message);
+    for hint in hints {
+        line(&mut text, "hint", AnsiColor::Cyan, hint);
+    }
+    let _ = anstream::stderr().write_all(text.as_bytes());
+}
+
 /// Prints the error to stderr. There is nowhere left to report a failure of that.
 pub(crate) fn print(body: &ErrorBody) {
     let _ = anstream::stderr().write_all(render(body).as_bytes());

@@ -2,6 +2,8 @@
 
 use crate::report::Failure;
 use banger_api::error::ErrorCode;
+use banger_api::network::ClosePort;
+use banger_core::publish::PublishedPort;
 use banger_core::size::{DiskBytes, MemoryMib, SizeError, VcpuCount};
 use std::path::Path;
 use std::time::Duration;
@@ -38,6 +40,27 @@ pub(crate) fn memory_mib(text: &str) -> Result<u64, SizeError> {
 /// Reads the size of a disk as bytes.
 pub(crate) fn disk_bytes(text: &str) -> Result<u64, SizeError> {
     DiskBytes::parse(text).map(u64::from)
+}
+
+/// Why a place of a published port cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{}` is not a port of the host; write [ADDRESS:]HOST[/udp], such as 8080", .0.escape_debug())]
+pub(crate) struct PlaceError(String);
+
+/// Reads where a published port listens: `[ADDRESS:]HOST[/udp]`. All of a published port, as `8080:80`, names it, too.
+pub(crate) fn place(text: &str) -> Result<ClosePort, PlaceError> {
+    let (place, protocol) = match text.rsplit_once('/') {
+        Some((place, protocol)) => (place, format!("/{protocol}")),
+        None => (text, String::new()),
+    };
+    let port = format!("{place}:1{protocol}")
+        .parse::<PublishedPort>()
+        .or_else(|_| text.parse())
+        .map_err(|_| PlaceError(text.to_owned()))?;
+    Ok(ClosePort {
+        protocol: port.protocol,
+        listen: port.listen,
+    })
 }
 
 /// Reads `30s`, `2m`, `1m 30s`, or a plain number of seconds.
@@ -136,6 +159,29 @@ mod tests {
         assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
         for bad in ["", "-1s", "soon", "1 fortnight"] {
             assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_published_port_is_named_by_its_place_on_the_host() {
+        for (text, says) in [
+            ("8080", "127.0.0.1:8080/tcp"),
+            ("8080/tcp", "127.0.0.1:8080/tcp"),
+            ("53/udp", "127.0.0.1:53/udp"),
+            ("0.0.0.0:8080", "0.0.0.0:8080/tcp"),
+            ("[::1]:8080", "[::1]:8080/tcp"),
+            ("8080:80", "127.0.0.1:8080/tcp"),
+            ("0.0.0.0:53:5353/udp", "0.0.0.0:53/udp"),
+        ] {
+            let place = place(text).unwrap();
+            assert_eq!(
+                format!("{}/{}", place.listen, place.protocol),
+                says,
+                "{text}"
+            );
+        }
+        for bad in ["", "0", "otter", "8080/sctp", "127.0.0.1", "1:2:3:4"] {
+            assert!(place(bad).is_err(), "{bad}");
         }
     }
 

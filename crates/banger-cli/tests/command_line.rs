@@ -319,6 +319,28 @@ fn bad_values_are_refused_before_anything_is_sent() {
             "cannot be used with",
         ),
         (vec!["vm", "set", "otter"], "required"),
+        (vec!["vm", "set", "otter", "--nat", "maybe"], "on, off"),
+        (
+            vec!["vm", "create", "-p", "80"],
+            "is not a published port; write [ADDRESS:]HOST:GUEST[/udp]",
+        ),
+        (vec!["vm", "start", "otter", "--timeout", "5s"], "--wait"),
+        (
+            vec!["vm", "undelete", "otter", "--name", "Otter"],
+            "only a-z, 0-9 and hyphens are allowed",
+        ),
+        (vec!["vm", "reset"], "required"),
+        (vec!["port", "add", "otter"], "required"),
+        (
+            vec!["port", "add", "otter", "8080:x"],
+            "is not a published port",
+        ),
+        (
+            vec!["port", "rm", "otter", "x"],
+            "is not a port of the host; write [ADDRESS:]HOST[/udp]",
+        ),
+        (vec!["nat", "up"], "required"),
+        (vec!["net", "join", "otter"], "required"),
         (
             vec!["vm", "wait", "otter", "--timeout", "soon"],
             "is not a duration",
@@ -405,6 +427,117 @@ fn create_prints_name_address_and_the_next_step() {
     let sent = env.state("requests");
     assert!(sent.contains("\"memory_mib\":2048"), "{sent}");
     assert!(sent.contains("\"start\":false"), "{sent}");
+}
+
+#[test]
+fn the_verbs_about_the_network_send_what_they_say() {
+    let env = TestEnv::new();
+    let words = [
+        "vm",
+        "create",
+        "--no-start",
+        "--nat",
+        "-p",
+        "8080:80",
+        "--autostart",
+    ];
+    env.run(&words).expect(0);
+    env.run(&["vm", "set", "fox", "--name", "owl", "--nat", "off"])
+        .expect(0);
+    let up = env.run(&["nat", "up", "fox", "owl"]).expect(0);
+    assert_eq!(up.stdout, "fox: NAT is off\nowl: NAT is off\n");
+    env.run(&["port", "add", "fox", "0.0.0.0:53:5353/udp"])
+        .expect(0);
+    env.run(&["port", "rm", "fox", "8080"]).expect(0);
+    let join = env.run(&["net", "join", "fox", "owl"]).expect(0);
+    assert_eq!(join.stdout, "fox and owl reach each other\n");
+    env.run(&["net", "leave", "fox", "owl"]).expect(0);
+    env.run(&["vm", "undelete", "fox", "--name", "owl"])
+        .expect(0);
+    env.run(&["vm", "reset", "fox", "--storage", "copy"])
+        .expect(0);
+    env.run(&["vm", "restore", "--autostart"]).expect(0);
+    let sent = env.state("requests");
+    for says in [
+        "POST /v1/vms HTTP/1.1{\"autostart\":true,",
+        "\"nat\":true,\"overlay_bytes\":null,\"ports\":[{\"guest_port\":80,\"listen\":\"127.0.0.1:8080\",\"protocol\":\"tcp\"}]",
+        "\"name\":\"owl\",\"nat\":false,",
+        "PATCH /v1/vms/owl",
+        "POST /v1/vms/fox/ports HTTP/1.1{\"guest_port\":5353,\"listen\":\"0.0.0.0:53\",\"protocol\":\"udp\"}",
+        "DELETE /v1/vms/fox/ports?listen=127.0.0.1%3A8080&protocol=tcp",
+        "POST /v1/vms/fox/joins HTTP/1.1{\"other\":\"owl\"}",
+        "DELETE /v1/vms/fox/joins?other=owl",
+        "POST /v1/vms/fox/undelete HTTP/1.1{\"name\":\"owl\"}",
+        "POST /v1/vms/fox/reset HTTP/1.1{\"storage\":\"copy\"}",
+        "POST /v1/restore HTTP/1.1{\"autostart\":true}",
+    ] {
+        assert!(sent.contains(says), "{says} is not in\n{sent}");
+    }
+}
+
+#[test]
+fn who_closes_the_way_out_is_told_with_what_helps() {
+    let env = TestEnv::new();
+    let status = env.run(&["nat", "status"]).expect(0);
+    assert!(
+        status.stdout.contains("calm-otter  172.16.0.2  on   on"),
+        "{status:?}"
+    );
+    assert!(
+        status.stderr.starts_with(
+            "warning: guests do not reach the internet: chain FORWARD of table ip filter"
+        ) && status
+            .stderr
+            .contains("hint: as root: iptables -I DOCKER-USER -j ACCEPT\n"),
+        "{status:?}"
+    );
+    env.run(&["nat", "status", "owl"]).expect(4);
+    let value: serde_json::Value = serde_json::from_str(
+        &env.run(&["nat", "status", "calm", "--json"])
+            .expect(0)
+            .stdout,
+    )
+    .unwrap();
+    assert_eq!(value["vms"][0]["nat_now"], true);
+    assert_eq!(value["way_out"]["by"][0], "eth0");
+    let ports = env.run(&["port", "list"]).expect(0);
+    assert!(
+        ports
+            .stdout
+            .contains("127.0.0.1:8080/tcp  80     1            open"),
+        "{ports:?}"
+    );
+    let joins = env.run(&["net", "status"]).expect(0);
+    assert!(
+        joins.stdout.contains("calm-otter  172.16.0.2  fox"),
+        "{joins:?}"
+    );
+}
+
+#[test]
+fn what_is_left_of_a_repair_or_in_the_trash_is_an_exit_code() {
+    let env = TestEnv::new();
+    let list = env.run(&["host", "ls"]).expect(0);
+    assert!(
+        list.stdout.contains("bt1f2e3d4c5b  calm-otter  left over"),
+        "{list:?}"
+    );
+    let clean = env.run(&["host", "clean"]).expect(0);
+    assert_eq!(clean.stdout, "removed tap bt1f2e3d4c5b\n");
+    let repair = env.run(&["doctor", "--repair"]).expect(7);
+    assert_eq!(repair.stdout, "loaded the rules\n");
+    assert_eq!(repair.stderr, "warning: left: veth bv1: it is busy\n");
+    // Without a terminal there is nobody to ask.
+    let empty = env.run(&["trash", "empty"]).expect(8);
+    assert_eq!(empty.stdout, "calm-otter: purged\n");
+    assert_eq!(empty.stderr, "error: cannot purge `fox`\n");
+    let restore = env.run(&["vm", "restore"]).expect(0);
+    assert_eq!(restore.stdout, "calm-otter: started\n");
+    let names = env.run(&["dns", "list"]).expect(0);
+    assert_eq!(
+        names.stdout,
+        "NAME           ADDRESS\ncalm-otter.vm  172.16.0.2\n"
+    );
 }
 
 #[test]

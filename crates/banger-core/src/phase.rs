@@ -111,10 +111,8 @@ impl std::fmt::Display for StopReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::NeverStarted => f.write_str("never started"),
-            Self::Asked => f.write_str("stopped on request"),
-            Self::AskedThenForced => {
-                f.write_str("stopped on request; the guest did not shut down in time")
-            }
+            Self::Asked => f.write_str("on request"),
+            Self::AskedThenForced => f.write_str("on request; the guest did not shut down in time"),
             Self::Killed => f.write_str("killed on request"),
             Self::GuestPoweroff => f.write_str("guest powered off"),
             Self::GuestReboot => f.write_str("guest rebooted"),

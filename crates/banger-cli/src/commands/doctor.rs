@@ -1,25 +1,39 @@
 //! `banger doctor`.
 
+use super::mended;
 use crate::context::with_daemon;
 use crate::escape;
 use crate::output::{OutputArgs, json, print};
 use crate::report::Outcome;
 use anstyle::{AnsiColor, Style};
 use banger_api::daemon::{Check, Verdict};
-use banger_api::endpoint::{GetDoctor, Nothing};
+use banger_api::endpoint::{GetDoctor, Nothing, PostDoctorRepair};
 use banger_api::error::ErrorCode;
 
 /// Check what this machine can do, and say what helps
 ///
-/// Ends with exit code 7 if something does not work.
+/// Ends with exit code 7 if something does not work, or is not repaired.
 #[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  banger doctor\n  banger doctor --repair   Put right rules, links and ports that differ from the records"
+)]
 pub(crate) struct DoctorArgs {
+    /// Put right what differs from the records, and print what was; VMs run on
+    #[arg(long)]
+    repair: bool,
     #[command(flatten)]
     output: OutputArgs,
 }
 
 pub(crate) fn run(args: DoctorArgs) -> Outcome {
     with_daemon(async |_, daemon| {
+        if args.repair {
+            let done = daemon
+                .client
+                .call::<PostDoctorRepair>(&[], &Nothing {})
+                .await?;
+            return mended(&done, args.output, "nothing differs from the records");
+        }
         let checks = daemon.client.call::<GetDoctor>(&[], &Nothing {}).await?;
         if args.output.json {
             json(&checks)?;

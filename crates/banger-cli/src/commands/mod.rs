@@ -2,22 +2,41 @@
 
 mod completions;
 mod daemon;
+mod dns;
 mod doctor;
 mod driver;
 mod explain;
+mod host;
 mod image;
 mod kernel;
+mod nat;
+mod net;
+mod network;
+mod port;
+mod trash;
 mod version;
 mod vm;
 
-use crate::output::table;
-use crate::report::{Failure, Outcome, print};
+use crate::escape;
+use crate::output::{self, OutputArgs, json, table};
+use crate::report::{Failure, Outcome, note, print, warn};
 use banger_api::error::ErrorCode;
+use banger_api::host::Mended;
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
     #[command(subcommand)]
     Vm(vm::VmCommand),
+    #[command(subcommand)]
+    Trash(trash::TrashCommand),
+    #[command(subcommand)]
+    Nat(nat::NatCommand),
+    #[command(subcommand)]
+    Port(port::PortCommand),
+    #[command(subcommand)]
+    Net(net::NetCommand),
+    #[command(subcommand)]
+    Dns(dns::DnsCommand),
     #[command(subcommand)]
     Image(image::ImageCommand),
     #[command(subcommand)]
@@ -26,6 +45,8 @@ pub(crate) enum Command {
     Driver(driver::DriverCommand),
     #[command(subcommand)]
     Daemon(daemon::DaemonCommand),
+    #[command(subcommand)]
+    Host(host::HostCommand),
     Doctor(doctor::DoctorArgs),
     Explain(explain::ExplainArgs),
     Version(version::VersionArgs),
@@ -36,10 +57,16 @@ pub(crate) enum Command {
 pub(crate) fn run(command: Command) -> Outcome {
     match command {
         Command::Vm(command) => vm::run(command),
+        Command::Trash(command) => trash::run(command),
+        Command::Nat(command) => nat::run(command),
+        Command::Port(command) => port::run(command),
+        Command::Net(command) => net::run(command),
+        Command::Dns(command) => dns::run(command),
         Command::Image(command) => image::run(command),
         Command::Kernel(command) => kernel::run(command),
         Command::Driver(command) => driver::run(command),
         Command::Daemon(command) => daemon::run(command),
+        Command::Host(command) => host::run(command),
         Command::Doctor(args) => doctor::run(args),
         Command::Explain(args) => explain::run(args),
         Command::Version(args) => version::run(args),
@@ -86,4 +113,32 @@ fn worst(failures: &[Failure]) -> u8 {
         print(&failure.0);
     }
     failures.iter().map(Failure::exit_code).max().unwrap_or(0)
+}
+
+/// What was done to each of several VMs that the daemon chose; failures are told elsewhere.
+fn done_to_each(outcomes: &[banger_api::vm::Outcome], done: &str) -> String {
+    let good = outcomes.iter().filter(|outcome| outcome.error.is_none());
+    good.map(|outcome| format!("{}: {done}\n", outcome.name))
+        .collect()
+}
+
+/// Prints what was put right and what is left; something left is a failure.
+fn mended(mended: &Mended, output: OutputArgs, nothing: &str) -> Outcome {
+    if output.json {
+        json(mended)?;
+    } else {
+        let lines = mended.done.iter().map(|line| escape::line(line) + "\n");
+        output::print(&lines.collect::<String>())?;
+        for left in &mended.left {
+            warn(&format!("left: {left}"), &[]);
+        }
+        if mended.done.is_empty() && mended.left.is_empty() {
+            note(nothing);
+        }
+    }
+    Ok(if mended.left.is_empty() {
+        0
+    } else {
+        ErrorCode::HostUnfit.exit_code()
+    })
 }

@@ -1,6 +1,7 @@
 //! `banger vm create`.
 
 use super::{boot, render};
+use crate::commands::network;
 use crate::complete;
 use crate::context::with_daemon;
 use crate::output::{OutputArgs, fields, json, print};
@@ -11,6 +12,7 @@ use banger_api::endpoint::PostVms;
 use banger_api::error::ErrorCode;
 use banger_api::vm::{CreateVm, Vm};
 use banger_core::name::VmName;
+use banger_core::publish::PublishedPort;
 use banger_core::spec::{DriverChoice, StorageChoice};
 use clap::ValueEnum;
 use std::time::Duration;
@@ -24,6 +26,7 @@ use std::time::Duration;
   banger vm create                                     A VM with a name of its own
   banger vm create --name otter --wait                 Wait until it can be used, and time its boot
   banger vm create --vcpu 4 --memory 4G --disk-size 16G   A larger one with a work disk at /data
+  banger vm create --nat -p 8080:80                    With internet, serving at port 8080
   banger vm create --no-start                          Only make it")]
 pub(crate) struct CreateArgs {
     /// Its name, also its host name: a-z, 0-9 and hyphens, at most 63 (default: a free adjective-animal name)
@@ -53,6 +56,17 @@ pub(crate) struct CreateArgs {
     /// How it gets its own `/` from the image (`vm show` and `doctor` say which, and why)
     #[arg(long, value_enum, default_value_t = StorageWord::Auto)]
     storage: StorageWord,
+    /// Let its guest reach the public internet (`banger nat` changes it later)
+    #[arg(long)]
+    nat: bool,
+    /// Lead a port of the host into it; may be repeated (`banger port` changes it later)
+    ///
+    /// Without an address the host listens on 127.0.0.1 alone.
+    #[arg(long, short, value_name = "[ADDRESS:]HOST:GUEST[/udp]")]
+    publish: Vec<PublishedPort>,
+    /// Start it when the host boots, if it was running before
+    #[arg(long)]
+    autostart: bool,
     /// Do not start it
     #[arg(long, conflicts_with = "wait")]
     no_start: bool,
@@ -74,12 +88,25 @@ enum DriverWord {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum StorageWord {
+pub(super) enum StorageWord {
     Auto,
     Reflink,
     Overlay,
     Copy,
     Snapshot,
+}
+
+impl StorageWord {
+    /// The choice that the word stands for.
+    pub(super) fn choice(self) -> StorageChoice {
+        match self {
+            Self::Auto => StorageChoice::Auto,
+            Self::Reflink => StorageChoice::Reflink,
+            Self::Overlay => StorageChoice::Overlay,
+            Self::Copy => StorageChoice::Copy,
+            Self::Snapshot => StorageChoice::Snapshot,
+        }
+    }
 }
 
 pub(crate) fn run(args: CreateArgs) -> Outcome {
@@ -117,6 +144,7 @@ pub(crate) fn run(args: CreateArgs) -> Outcome {
                 }
             };
         }
+        network::warn_about(&daemon.client, &vm).await;
         if args.output.json {
             json(&vm)?;
         } else {
@@ -150,16 +178,10 @@ fn request(args: &CreateArgs) -> CreateVm {
             DriverWord::Firecracker => DriverChoice::Firecracker,
             DriverWord::Qemu => DriverChoice::Qemu,
         },
-        storage: match args.storage {
-            StorageWord::Auto => StorageChoice::Auto,
-            StorageWord::Reflink => StorageChoice::Reflink,
-            StorageWord::Overlay => StorageChoice::Overlay,
-            StorageWord::Copy => StorageChoice::Copy,
-            StorageWord::Snapshot => StorageChoice::Snapshot,
-        },
-        nat: false,
-        ports: Vec::new(),
-        autostart: false,
+        storage: args.storage.choice(),
+        nat: args.nat,
+        ports: args.publish.clone(),
+        autostart: args.autostart,
         start: !args.no_start,
     }
 }
@@ -211,6 +233,22 @@ mod tests {
     }
 
     #[test]
+    fn ports_nat_and_autostart_are_asked_for_by_name() {
+        let words = [
+            "--nat",
+            "-p",
+            "8080:80",
+            "--publish",
+            "0.0.0.0:53:5353/udp",
+            "--autostart",
+        ];
+        let request = parse(&words).unwrap();
+        let ports: Vec<String> = request.ports.iter().map(ToString::to_string).collect();
+        assert_eq!(ports, ["127.0.0.1:8080:80/tcp", "0.0.0.0:53:5353/udp"]);
+        assert!(request.nat && request.autostart);
+    }
+
+    #[test]
     fn bad_values_are_refused_with_what_is_allowed() {
         for (words, says) in [
             (["--vcpu", "0"], "0 vCPUs asked for; 1 to 16 are allowed"),
@@ -228,6 +266,8 @@ mod tests {
             (["--overlay-size", "much"], "`much` is not a size"),
             (["--name", "Otter"], "only a-z, 0-9 and hyphens are allowed"),
             (["--name", "otter-"], "starts or ends with a hyphen"),
+            (["-p", "80"], "is not a published port"),
+            (["-p", "8080:80/sctp"], "write [ADDRESS:]HOST:GUEST[/udp]"),
             (["--driver", "xen"], "auto, firecracker, qemu"),
         ] {
             let error = parse(&words).unwrap_err();

@@ -2,6 +2,7 @@
 
 use super::{for_each, render};
 use crate::complete;
+use crate::confirm::ConfirmArgs;
 use crate::context::with_daemon;
 use crate::output::OutputArgs;
 use crate::report::Outcome;
@@ -24,9 +25,11 @@ pub(crate) struct DeleteArgs {
     /// Kill those that run
     #[arg(long)]
     force: bool,
-    /// Remove records and files for ever
+    /// Remove records and files for ever; asks first on a terminal
     #[arg(long)]
     purge: bool,
+    #[command(flatten)]
+    confirm: ConfirmArgs,
     #[command(flatten)]
     output: OutputArgs,
 }
@@ -36,6 +39,11 @@ pub(crate) fn run(args: DeleteArgs) -> Outcome {
         force: args.force,
         purge: args.purge,
     };
+    if args.purge {
+        let names = args.vms.join(", ");
+        args.confirm
+            .ask(&format!("This removes {names} for ever, disks included."))?;
+    }
     with_daemon(async |_, daemon| {
         let line = if args.purge {
             render::purged

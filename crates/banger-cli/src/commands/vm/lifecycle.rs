@@ -1,12 +1,17 @@
-//! `banger vm start`, `pause`, `resume` and `kill`: verbs that take nothing but names.
+//! `banger vm start`, `pause`, `resume` and `kill`: verbs that take little but names.
 
-use super::{for_each, render};
+use super::{boot, for_each, render};
+use crate::commands::network;
 use crate::complete;
 use crate::context::with_daemon;
 use crate::output::OutputArgs;
-use crate::report::Outcome;
+use crate::report::{Failure, Outcome, note};
+use crate::value;
+use banger_api::client::Client;
 use banger_api::endpoint::{Endpoint, Nothing, PostVmKill, PostVmPause, PostVmResume, PostVmStart};
+use banger_api::error::ErrorCode;
 use banger_api::vm::Vm;
+use std::time::Duration;
 
 /// The VMs that a verb is for.
 #[derive(Debug, clap::Args)]
@@ -19,12 +24,20 @@ struct Vms {
 }
 
 /// Start VMs; returns when their VMMs run
-///
-/// `banger vm wait` waits until a VM can be used.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  banger vm start otter
+  banger vm start otter --wait                  Wait until it can be used, and time its boot
+  banger vm start otter fox --wait --timeout 5m")]
 pub(crate) struct StartArgs {
     #[command(flatten)]
     vms: Vms,
+    /// Wait until they are ready; of a single one, print the stages of its boot with their times
+    #[arg(long)]
+    wait: bool,
+    /// How long to wait
+    #[arg(long, value_name = "DURATION", default_value = "120s", requires = "wait", value_parser = value::duration)]
+    timeout: Duration,
 }
 
 /// Pause VMs: their vCPUs stand still, their memory stays
@@ -51,7 +64,37 @@ pub(crate) struct KillArgs {
 }
 
 pub(crate) fn start(args: StartArgs) -> Outcome {
-    each::<PostVmStart>(args.vms)
+    let Vms { vms, output } = args.vms;
+    let limit = args.wait.then_some(args.timeout);
+    let say_stages = vms.len() == 1;
+    with_daemon(async |_, daemon| {
+        let each = for_each(&daemon, &vms, output, render::line, |client, name| {
+            start_one(client, name, limit, say_stages)
+        });
+        tokio::select! {
+            outcome = each => outcome,
+            _ = tokio::signal::ctrl_c(), if limit.is_some() => {
+                note("no longer waiting; what was started boots on");
+                Ok(ErrorCode::Cancelled.exit_code())
+            }
+        }
+    })
+}
+
+async fn start_one(
+    client: Client,
+    name: String,
+    limit: Option<Duration>,
+    say_stages: bool,
+) -> Result<Vm, Failure> {
+    let vm = client
+        .call::<PostVmStart>(&[("vm", &name)], &Nothing {})
+        .await?;
+    network::warn_about(&client, &vm).await;
+    match limit {
+        Some(limit) => boot::watch(&client, vm, limit, say_stages).await,
+        None => Ok(vm),
+    }
 }
 
 pub(crate) fn pause(args: PauseArgs) -> Outcome {

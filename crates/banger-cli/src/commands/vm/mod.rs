@@ -8,11 +8,14 @@ mod lifecycle;
 mod list;
 mod logs;
 mod proxy;
-mod render;
+pub(super) mod render;
+mod reset;
+mod restore;
 mod set;
 mod show;
 mod ssh;
 mod stop;
+mod undelete;
 mod wait;
 mod why;
 
@@ -20,7 +23,7 @@ use crate::commands::worst;
 use crate::context::Daemon;
 use crate::output::{OutputArgs, json, print};
 use crate::report::{Failure, Outcome};
-use banger_api::client::{Client, ClientError};
+use banger_api::client::Client;
 use banger_api::vm::Vm;
 use tokio::task::JoinSet;
 
@@ -36,8 +39,11 @@ pub(crate) enum VmCommand {
     Pause(lifecycle::PauseArgs),
     Resume(lifecycle::ResumeArgs),
     Kill(lifecycle::KillArgs),
-    Delete(delete::DeleteArgs),
     Set(set::SetArgs),
+    Reset(reset::ResetArgs),
+    Delete(delete::DeleteArgs),
+    Undelete(undelete::UndeleteArgs),
+    Restore(restore::RestoreArgs),
     Ssh(ssh::SshArgs),
     Logs(logs::LogsArgs),
     Wait(wait::WaitArgs),
@@ -59,8 +65,11 @@ pub(crate) fn run(command: VmCommand) -> Outcome {
         VmCommand::Pause(args) => lifecycle::pause(args),
         VmCommand::Resume(args) => lifecycle::resume(args),
         VmCommand::Kill(args) => lifecycle::kill(args),
-        VmCommand::Delete(args) => delete::run(args),
         VmCommand::Set(args) => set::run(args),
+        VmCommand::Reset(args) => reset::run(args),
+        VmCommand::Delete(args) => delete::run(args),
+        VmCommand::Undelete(args) => undelete::run(args),
+        VmCommand::Restore(args) => restore::run(args),
         VmCommand::Ssh(args) => ssh::run(args),
         VmCommand::Logs(args) => logs::run(args),
         VmCommand::Wait(args) => wait::run(args),
@@ -71,7 +80,7 @@ pub(crate) fn run(command: VmCommand) -> Outcome {
 }
 
 /// Does the same to each VM, side by side, and prints what became of them in the order they were named.
-async fn for_each<F>(
+pub(super) async fn for_each<F, E>(
     daemon: &Daemon,
     names: &[String],
     output: OutputArgs,
@@ -79,8 +88,8 @@ async fn for_each<F>(
     call: impl Fn(Client, String) -> F,
 ) -> Outcome
 where
-    F: Future<Output = Result<Vm, ClientError>> + 'static,
-    F: Send,
+    F: Future<Output = Result<Vm, E>> + Send + 'static,
+    E: Into<Failure> + Send + 'static,
 {
     let mut calls = JoinSet::new();
     for (place, name) in names.iter().enumerate() {
@@ -94,7 +103,7 @@ where
     for (_, result) in results {
         match result {
             Ok(vm) => vms.push(vm),
-            Err(error) => failures.push(Failure::from(error)),
+            Err(error) => failures.push(error.into()),
         }
     }
     match (output.json, names) {

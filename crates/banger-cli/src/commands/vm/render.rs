@@ -3,11 +3,13 @@
 use crate::escape;
 use crate::output::{fields, table};
 use crate::value;
+use banger_api::network::VmNetwork;
 use banger_api::vm::Vm;
 use banger_core::phase::{PausedBy, Phase, StopReason};
+use banger_core::publish::PublishedPort;
 
 /// The phase in a few words.
-pub(super) fn phase(phase: &Phase) -> String {
+pub(in crate::commands) fn phase(phase: &Phase) -> String {
     match phase {
         Phase::Stopped { why } => format!("stopped ({})", reason(why)),
         Phase::Starting { step } => format!("starting ({})", step.name()),
@@ -71,7 +73,7 @@ pub(super) fn purged(vm: &Vm) -> String {
 }
 
 /// A list of VMs as a table.
-pub(super) fn list(vms: &[Vm], trash: bool) -> String {
+pub(in crate::commands) fn list(vms: &[Vm], trash: bool) -> String {
     let mut header = vec![
         "NAME", "PHASE", "ADDRESS", "IMAGE", "DRIVER", "CPU", "MEMORY",
     ];
@@ -118,8 +120,52 @@ fn word(value: &impl serde::Serialize) -> String {
     }
 }
 
-/// All of a VM.
-pub(super) fn details(vm: &Vm) -> String {
+fn switch(on: bool) -> &'static str {
+    if on { "on" } else { "off" }
+}
+
+/// Whether the guest may reach the internet, and whether the kernel sees it the same way.
+fn nat(vm: &Vm, now: Option<&VmNetwork>) -> String {
+    let wanted = switch(vm.spec.nat);
+    match now {
+        Some(now) if now.live && now.nat_now != vm.spec.nat => {
+            format!("{wanted} ({} now)", switch(now.nat_now))
+        }
+        _ => wanted.to_owned(),
+    }
+}
+
+/// The published ports, each with why it is not open if it should be.
+fn ports(vm: &Vm, now: Option<&VmNetwork>) -> String {
+    let problem = |port: &PublishedPort| {
+        let known = now?.ports.iter().find(|known| known.port == *port)?;
+        known.problem.as_ref()
+    };
+    let ports = vm.spec.ports.iter().map(|port| match problem(port) {
+        Some(why) => format!("{port} (closed: {why})"),
+        None => port.to_string(),
+    });
+    or_none(ports.collect())
+}
+
+/// The VMs that it reaches, by name where that is known.
+fn joins(vm: &Vm, now: Option<&VmNetwork>) -> String {
+    or_none(match now {
+        Some(now) => now.joins.iter().map(ToString::to_string).collect(),
+        None => vm.spec.joins.iter().map(ToString::to_string).collect(),
+    })
+}
+
+fn or_none(words: Vec<String>) -> String {
+    if words.is_empty() {
+        "none".to_owned()
+    } else {
+        words.join(", ")
+    }
+}
+
+/// All of a VM; `now` is its network as it is now, if that is known.
+pub(super) fn details(vm: &Vm, now: Option<&VmNetwork>) -> String {
     let named = |name: &Option<String>, id: String| match name {
         Some(name) => format!("{name} ({id})"),
         None => id,
@@ -155,6 +201,10 @@ pub(super) fn details(vm: &Vm) -> String {
             format!("{} ({})", vm.spec.storage.name(), vm.storage_reason),
         ),
         ("driver", word(&vm.spec.driver)),
+        ("nat", nat(vm, now)),
+        ("ports", ports(vm, now)),
+        ("joins", joins(vm, now)),
+        ("autostart", switch(vm.spec.autostart).to_owned()),
         ("generation", vm.generation.to_string()),
         ("created", value::date(vm.created_at)),
     ];
@@ -207,6 +257,7 @@ pub(super) fn details(vm: &Vm) -> String {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use banger_api::network::VmPort;
     use banger_core::phase::StartStep;
 
     pub(crate) fn vm(name: &str, phase: serde_json::Value) -> Vm {
@@ -284,10 +335,10 @@ pub(super) mod tests {
             "calm-otter",
             serde_json::json!({"state": "stopped", "why": {"reason": "asked"}}),
         );
-        insta::assert_snapshot!(details(&vm), @r"
+        insta::assert_snapshot!(details(&vm, None), @r"
         name        calm-otter
         id          0198c2a4-7d1e-7b3a-9c4d-1f2e3d4c5b6a
-        phase       stopped (stopped on request)
+        phase       stopped (on request)
         desired     off
         address     172.16.0.2
         mac         06:2e:3d:4c:5b:6a
@@ -299,11 +350,49 @@ pub(super) mod tests {
         disk        none
         storage     overlay (asked for)
         driver      auto
+        nat         off
+        ports       none
+        joins       none
+        autostart   off
         generation  1
         created     2026-11-24T09:00:00Z
         boot        VMM up 0.12 s, ready 9.87 s
         host key    ssh-ed25519 AAAA calm-otter
         directory   /s/vms/0198c2a4
         ");
+    }
+
+    #[test]
+    fn details_tell_what_of_the_network_is_not_as_it_should_be() {
+        let mut vm = vm(
+            "otter",
+            serde_json::json!({"state": "running", "ready": true, "reachable": true}),
+        );
+        let port: PublishedPort = "8080:80".parse().unwrap();
+        vm.spec.nat = true;
+        vm.spec.ports = [port.clone(), "53:53/udp".parse().unwrap()].into();
+        let now = VmNetwork {
+            id: vm.id,
+            name: vm.name.clone(),
+            address: vm.address,
+            live: true,
+            nat: true,
+            nat_now: false,
+            ports: vec![VmPort {
+                port,
+                open: false,
+                connections: 0,
+                problem: Some("address already in use".to_owned()),
+            }],
+            joins: vec!["fox".parse().unwrap()],
+        };
+        let text = details(&vm, Some(&now));
+        for line in [
+            "nat         on (off now)\n",
+            "ports       127.0.0.1:8080:80/tcp (closed: address already in use), 127.0.0.1:53:53/udp\n",
+            "joins       fox\n",
+        ] {
+            assert!(text.contains(line), "{text}");
+        }
     }
 }

@@ -1,20 +1,32 @@
 //! `banger vm set`.
 
 use super::render;
+use crate::commands::network;
 use crate::complete;
+use crate::confirm::ConfirmArgs;
 use crate::context::with_daemon;
 use crate::output::{OutputArgs, json, print};
-use crate::report::Outcome;
+use crate::report::{Outcome, note};
 use crate::value;
-use banger_api::endpoint::PatchVm;
+use banger_api::endpoint::{GetVm, Nothing, PatchVm};
 use banger_api::vm::SetVm;
+use banger_core::name::VmName;
+use clap::ValueEnum;
 
-/// Change vCPUs or memory of a stopped VM
+/// Change a VM
+///
+/// Name, NAT and autostart change at once, whatever it does; the rest needs it stopped.
 #[derive(Debug, clap::Args)]
-#[command(group = clap::ArgGroup::new("change").args(["vcpu", "memory"]).required(true).multiple(true))]
-#[command(
-    after_help = "Examples:\n  banger vm set otter --memory 4G\n  banger vm set otter --vcpu 4 --memory 2048"
-)]
+#[command(override_usage = "banger vm set [OPTIONS] <NAME>")]
+#[command(group = clap::ArgGroup::new("change")
+    .args(["vcpu", "memory", "name", "image", "disk_size", "nat", "autostart"])
+    .required(true)
+    .multiple(true))]
+#[command(after_help = "Examples:
+  banger vm set otter --vcpu 4 --memory 4G
+  banger vm set otter --name calm-otter     Its host name follows at the next boot
+  banger vm set otter --disk-size 32G       Grow its work disk; a disk never shrinks
+  banger vm set otter --image web           Boot another image: what it wrote to `/` is thrown away")]
 pub(crate) struct SetArgs {
     /// The VM, by name, id or unambiguous prefix
     #[arg(value_name = "NAME", add = complete::vms())]
@@ -25,21 +37,63 @@ pub(crate) struct SetArgs {
     /// Memory in MiB, or with a unit such as `2G`; 128 MiB to 32 GiB
     #[arg(long, value_name = "SIZE", value_parser = value::memory_mib)]
     memory: Option<u64>,
+    /// Another name
+    #[arg(long, value_name = "NEW")]
+    name: Option<VmName>,
+    /// Another image. Its overlay, all that it wrote to `/`, is thrown away; its work disk stays. Asks first on a
+    /// terminal
+    #[arg(long, add = complete::images())]
+    image: Option<String>,
+    /// A larger work disk; its filesystem grows at the next boot. Without one before, it gets one
+    #[arg(long, value_name = "SIZE", value_parser = value::disk_bytes)]
+    disk_size: Option<u64>,
+    /// Whether its guest may reach the public internet
+    #[arg(long, value_enum)]
+    nat: Option<Switch>,
+    /// Whether it starts when the host boots, if it was running before
+    #[arg(long, value_enum)]
+    autostart: Option<Switch>,
+    #[command(flatten)]
+    confirm: ConfirmArgs,
     #[command(flatten)]
     output: OutputArgs,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
 pub(crate) fn run(args: SetArgs) -> Outcome {
-    let request = SetVm {
-        vcpus: args.vcpu,
-        memory_mib: args.memory,
-        ..SetVm::default()
-    };
+    let request = request(&args);
+    if let Some(image) = &args.image {
+        args.confirm.ask(&format!(
+            "With another image, `{image}`, all that {} wrote to `/` is thrown away; its work disk stays.",
+            args.vm
+        ))?;
+    }
     with_daemon(async |_, daemon| {
-        let vm = daemon
-            .client
-            .call::<PatchVm>(&[("vm", &args.vm)], &request)
-            .await?;
+        let parameters = [("vm", args.vm.as_str())];
+        let before = match request.image {
+            Some(_) => Some(
+                daemon
+                    .client
+                    .call::<GetVm>(&parameters, &Nothing {})
+                    .await?,
+            ),
+            None => None,
+        };
+        let vm = daemon.client.call::<PatchVm>(&parameters, &request).await?;
+        if before.is_some_and(|before| before.spec.image != vm.spec.image) {
+            note(&format!(
+                "the overlay of `{}` was thrown away; its work disk stays",
+                vm.name
+            ));
+        }
+        if request.nat == Some(true) {
+            network::warn_about(&daemon.client, &vm).await;
+        }
         if args.output.json {
             json(&vm)?;
         } else {
@@ -47,4 +101,57 @@ pub(crate) fn run(args: SetArgs) -> Outcome {
         }
         Ok(0)
     })
+}
+
+fn request(args: &SetArgs) -> SetVm {
+    let on = |switch| switch == Switch::On;
+    SetVm {
+        vcpus: args.vcpu,
+        memory_mib: args.memory,
+        name: args.name.clone().map(String::from),
+        image: args.image.clone(),
+        disk_bytes: args.disk_size,
+        nat: args.nat.map(on),
+        autostart: args.autostart.map(on),
+        generation: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: SetArgs,
+    }
+
+    fn parse(words: &[&str]) -> Result<SetVm, clap::Error> {
+        let words = ["set", "otter"].into_iter().chain(words.iter().copied());
+        Line::try_parse_from(words).map(|line| request(&line.args))
+    }
+
+    #[test]
+    fn what_is_not_named_stays() {
+        let request = parse(&["--nat", "off", "--autostart", "on", "--name", "fox"]).unwrap();
+        let expected = SetVm {
+            name: Some("fox".to_owned()),
+            nat: Some(false),
+            autostart: Some(true),
+            ..SetVm::default()
+        };
+        assert_eq!(request, expected);
+        let request = parse(&["--disk-size", "32G", "--image", "web"]).unwrap();
+        assert_eq!(request.disk_bytes, Some(32 << 30));
+        assert_eq!(request.image.as_deref(), Some("web"));
+    }
+
+    #[test]
+    fn nothing_to_change_is_refused() {
+        assert_eq!(parse(&[]).unwrap_err().exit_code(), 2);
+        assert_eq!(parse(&["--yes"]).unwrap_err().exit_code(), 2);
+        assert_eq!(parse(&["--nat", "maybe"]).unwrap_err().exit_code(), 2);
+    }
 }

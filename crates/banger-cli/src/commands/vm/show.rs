@@ -1,6 +1,7 @@
 //! `banger vm show`.
 
 use super::render;
+use crate::commands::network;
 use crate::complete;
 use crate::context::with_daemon;
 use crate::output::{OutputArgs, json, print};
@@ -26,7 +27,8 @@ pub(crate) fn run(args: ShowArgs) -> Outcome {
         if args.output.json {
             json(&vm)?;
         } else {
-            print(&render::details(&vm))?;
+            let now = network::of(&daemon.client, &vm).await;
+            print(&render::details(&vm, now.as_ref()))?;
         }
         Ok(0)
     })

@@ -1,0 +1,81 @@
+//! `banger trash`.
+
+use super::vm::render;
+use super::{done_to_each, worst};
+use crate::confirm::ConfirmArgs;
+use crate::context::with_daemon;
+use crate::output::{OutputArgs, json, print};
+use crate::report::{Failure, Outcome, note};
+use banger_api::endpoint::{GetVms, Nothing, PostTrashEmpty};
+use banger_api::vm::ListVms;
+
+/// See VMs that were deleted, and remove them for ever
+///
+/// `banger vm undelete` brings one back. Those that have been there long enough are removed by themselves (`[trash] keep`
+/// in the settings).
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum TrashCommand {
+    #[command(visible_alias = "ls")]
+    List(ListArgs),
+    Empty(EmptyArgs),
+}
+
+/// List VMs in the trash, with when they were deleted
+#[derive(Debug, clap::Args)]
+pub(crate) struct ListArgs {
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// Remove all VMs in the trash for ever, disks included
+///
+/// Asks first on a terminal. `banger vm delete --purge NAME` removes a single one.
+#[derive(Debug, clap::Args)]
+pub(crate) struct EmptyArgs {
+    #[command(flatten)]
+    confirm: ConfirmArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+pub(crate) fn run(command: TrashCommand) -> Outcome {
+    match command {
+        TrashCommand::List(args) => list(args),
+        TrashCommand::Empty(args) => empty(args),
+    }
+}
+
+fn list(args: ListArgs) -> Outcome {
+    with_daemon(async |_, daemon| {
+        let request = ListVms { trash: true };
+        let vms = daemon.client.call::<GetVms>(&[], &request).await?;
+        if args.output.json {
+            json(&vms)?;
+        } else if vms.is_empty() {
+            note("the trash is empty");
+        } else {
+            print(&render::list(&vms, true))?;
+        }
+        Ok(0)
+    })
+}
+
+fn empty(args: EmptyArgs) -> Outcome {
+    args.confirm
+        .ask("This removes all VMs in the trash for ever, disks included.")?;
+    with_daemon(async |_, daemon| {
+        let outcomes = daemon
+            .client
+            .call::<PostTrashEmpty>(&[], &Nothing {})
+            .await?;
+        if args.output.json {
+            json(&outcomes)?;
+        } else if outcomes.is_empty() {
+            note("the trash is empty");
+        } else {
+            print(&done_to_each(&outcomes, "purged"))?;
+        }
+        let failures = outcomes.into_iter().filter_map(|outcome| outcome.error);
+        Ok(worst(&failures.map(Failure::from).collect::<Vec<_>>()))
+    })
+}
