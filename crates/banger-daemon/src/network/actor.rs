@@ -2,20 +2,30 @@
 
 use super::namespace::{self, Namespace};
 use super::plan::{self, Plans, PortPlan};
-use super::{Ask, Lease, NetworkError, NetworkSetup, Now, way_out};
+use super::{Ask, Lease, NetworkError, NetworkSetup, Now, host_watch, way_out};
 use banger_api::daemon::Mode;
 use banger_api::network::WayOut;
 use banger_core::publish::Protocol;
 use banger_host::error_chain;
+use banger_host::host_side::Keeping;
+use banger_host::net::addresses;
 use banger_host::net::keeper::{Keeper, KeeperError};
 use banger_host::op::{HostAnswer, HostOp, NamespaceAnswer, NamespaceOp, ResolvedReport};
-use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use tokio::sync::mpsc;
 
 pub(super) struct Actor {
     setup: NetworkSetup,
+    /// Its own inbox, for threads that hear of changes on the host.
+    inbox: mpsc::WeakSender<Ask>,
+    /// Those threads run.
+    watching: bool,
+    /// One of them lives as long as this.
+    keeping: Option<Keeping>,
+    host_addresses: BTreeSet<Ipv4Addr>,
     namespace: Option<Namespace>,
     plans: Plans,
     way_out: WayOut,
@@ -28,9 +38,13 @@ pub(super) struct Actor {
 }
 
 impl Actor {
-    pub(super) fn new(setup: NetworkSetup) -> Self {
+    pub(super) fn new(setup: NetworkSetup, inbox: mpsc::WeakSender<Ask>) -> Self {
         Self {
             setup,
+            inbox,
+            watching: false,
+            keeping: None,
+            host_addresses: BTreeSet::new(),
             namespace: None,
             plans: Plans::new(),
             way_out: WayOut::Closed,
@@ -52,6 +66,17 @@ impl Actor {
             Ask::Keeper(reply) => {
                 let keeper = self.ensure().map(|namespace| Arc::clone(&namespace.keeper));
                 drop(reply.send(keeper));
+            }
+            Ask::HostAddresses(addresses) => {
+                self.host_addresses = addresses;
+                if let Some(namespace) = &self.namespace
+                    && let Err(error) = namespace.close_host(&self.host_addresses)
+                {
+                    tracing::warn!(
+                        error = error_chain(&error),
+                        "new addresses of the host are open to guests"
+                    );
+                }
             }
             Ask::Close(reply) => drop(reply.send(self.close())),
         }
@@ -127,10 +152,12 @@ impl Actor {
     /// The namespace with all that VMs share in it, and its end on the host.
     fn prepare(&mut self) -> Result<&mut Namespace, NetworkError> {
         self.ensure()?;
+        self.watch_host();
         let Self {
             namespace: Some(namespace),
             setup,
             tell_resolver,
+            host_addresses,
             ..
         } = self
         else {
@@ -149,6 +176,7 @@ impl Actor {
                 .keeper
                 .request(NamespaceOp::EnsureUplink { pool })?;
         }
+        namespace.close_host(host_addresses)?;
         namespace.prepared = true;
         match namespace.keeper.request(NamespaceOp::DnsSockets) {
             Ok((_, sockets)) => {
@@ -160,6 +188,22 @@ impl Actor {
             Err(error) => tracing::warn!(error = error_chain(&error), "guests have no name server"),
         }
         Ok(namespace)
+    }
+
+    /// From the first port on, hears of changes on the host.
+    fn watch_host(&mut self) {
+        if std::mem::replace(&mut self.watching, true) {
+            return;
+        }
+        match addresses::own_addresses() {
+            Ok(addresses) => self.host_addresses = addresses,
+            Err(error) => tracing::warn!(
+                error = error_chain(&error),
+                "the host's addresses are not known"
+            ),
+        }
+        host_watch::follow_addresses(self.inbox.clone());
+        self.keeping = self.setup.host.as_ref().and_then(host_watch::keep);
     }
 
     fn lease(&mut self, plan: PortPlan) -> Result<Lease, NetworkError> {

@@ -10,6 +10,7 @@
 //! its keeper's socket. It ends with the last holder of the keeper's pipe.
 
 mod actor;
+mod host_watch;
 mod namespace;
 mod plan;
 pub(crate) mod status;
@@ -28,7 +29,7 @@ use banger_host::net::host::HostOpError;
 use banger_host::net::keeper::{Keeper, KeeperError};
 use banger_host::net::pasta::PastaError;
 use banger_host::op::{Dropped, NamespaceOp, OwnedObject, PortState, PublicationState};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -115,6 +116,7 @@ enum Ask {
     Now(Reply<Now>),
     Repair(Reply<Vec<String>>),
     Settle(Reply<()>),
+    HostAddresses(BTreeSet<Ipv4Addr>),
     Keeper(Reply<Arc<Keeper>>),
     Close(Reply<()>),
 }
@@ -130,8 +132,9 @@ impl Network {
     pub(crate) fn start(setup: NetworkSetup) -> Self {
         let (inbox, mut asks) = mpsc::channel(QUEUE);
         // Its work is system calls on netlink and local sockets: a thread of its own, not the async runtime's.
+        let own = inbox.downgrade();
         std::thread::spawn(move || {
-            let mut actor = Actor::new(setup);
+            let mut actor = Actor::new(setup, own);
             while let Some(ask) = asks.blocking_recv() {
                 actor.handle(ask);
             }

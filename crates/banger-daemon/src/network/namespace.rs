@@ -10,6 +10,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
+/// What a keeper of an earlier version says to an operation that it does not know.
+const NOT_KNOWN: &str = "the request is not understood";
+
 /// A namespace with its keeper, and what is known to be in it.
 pub(super) struct Namespace {
     pub(super) keeper: Arc<Keeper>,
@@ -77,7 +80,7 @@ impl Namespace {
     pub(super) fn known(&self, op: NamespaceOp) -> Result<Option<NamespaceAnswer>, NetworkError> {
         match self.request(op) {
             Ok(answer) => Ok(Some(answer)),
-            Err(KeeperError::Refused { .. }) => Ok(None),
+            Err(KeeperError::Refused { why, .. }) if why.contains(NOT_KNOWN) => Ok(None),
             Err(error) => Err(error.into()),
         }
     }
@@ -108,6 +111,13 @@ impl Namespace {
         } else {
             self.nat.remove(&address);
         }
+        Ok(())
+    }
+
+    /// Closes the host's own addresses to all guests.
+    pub(super) fn close_host(&self, addresses: &BTreeSet<Ipv4Addr>) -> Result<(), NetworkError> {
+        let addresses = addresses.iter().copied().collect();
+        self.known(NamespaceOp::SetHostAddresses { addresses })?;
         Ok(())
     }
 

@@ -1,5 +1,6 @@
 //! The instance's network: its namespace, what is in it, and the veth that joins it to the host.
 
+pub mod addresses;
 pub mod connect;
 pub mod conntrack;
 mod dns_sockets;

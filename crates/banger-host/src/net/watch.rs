@@ -101,7 +101,7 @@ impl Watch {
 }
 
 /// Joins groups of a netlink protocol; that of links and routes is the one without a number.
-fn listen(protocol: Option<rustix::net::Protocol>, groups: u32) -> io::Result<OwnedFd> {
+pub(super) fn listen(protocol: Option<rustix::net::Protocol>, groups: u32) -> io::Result<OwnedFd> {
     let socket = rustix::net::socket_with(
         AddressFamily::NETLINK,
         SocketType::RAW,
@@ -113,7 +113,7 @@ fn listen(protocol: Option<rustix::net::Protocol>, groups: u32) -> io::Result<Ow
 }
 
 /// Takes all that is there. That something was lost for want of room says enough as well.
-fn drain(socket: impl AsFd) -> io::Result<()> {
+pub(super) fn drain(socket: impl AsFd) -> io::Result<()> {
     let mut buffer = [0; 8192];
     loop {
         match rustix::net::recv(socket.as_fd(), &mut buffer[..], RecvFlags::TRUNC) {

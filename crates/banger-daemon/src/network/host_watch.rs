@@ -1,0 +1,56 @@
+//! Threads that hear of changes on the host: its own addresses, which no guest may reach, and, where this process is
+//! root, rules of ours that somebody flushed. They end with the network's actor.
+
+use super::Ask;
+use banger_host::error_chain;
+use banger_host::host_side::{HostSide, Keeping, Settled};
+use banger_host::net::addresses;
+use banger_host::net::host::HostOpError;
+use std::ops::ControlFlow;
+use tokio::sync::mpsc;
+
+/// Tells the network's actor the host's addresses, now and whenever they change.
+pub(super) fn follow_addresses(inbox: mpsc::WeakSender<Ask>) {
+    let spawned = std::thread::Builder::new()
+        .name("host-addresses".to_owned())
+        .spawn(move || {
+            let heard = addresses::follow(|addresses| {
+                let sent = inbox
+                    .upgrade()
+                    .map(|inbox| inbox.blocking_send(Ask::HostAddresses(addresses)));
+                match sent {
+                    Some(Ok(())) => ControlFlow::Continue(()),
+                    Some(Err(_)) | None => ControlFlow::Break(()),
+                }
+            });
+            if let Err(error) = heard {
+                tracing::warn!(%error, "changes of the host's addresses are not heard of");
+            }
+        });
+    if let Err(error) = spawned {
+        tracing::warn!(%error, "changes of the host's addresses are not heard of");
+    }
+}
+
+/// Keeps what was asked of the host side as it is, for as long as the answer is held.
+pub(super) fn keep(host: &HostSide) -> Option<Keeping> {
+    host.keep(report).unwrap_or_else(|error| {
+        tracing::warn!(%error, "changes of the host's packet filter are not heard of");
+        None
+    })
+}
+
+fn report(settled: Result<Settled, HostOpError>) -> ControlFlow<()> {
+    match settled {
+        Ok(settled) => {
+            for instance in settled.repaired {
+                tracing::warn!(%instance, "somebody changed our rules on the host; they are right again");
+            }
+            for (instance, error) in settled.failed {
+                tracing::warn!(%instance, error = error_chain(&error), "the host differs from what was asked");
+            }
+        }
+        Err(error) => tracing::warn!(error = error_chain(&error), "the host cannot be settled"),
+    }
+    ControlFlow::Continue(())
+}
