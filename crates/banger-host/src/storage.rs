@@ -105,6 +105,15 @@ pub fn resize(file: &File, path: &Path, size: u64) -> Result<(), StorageError> {
         .map_err(StorageError::new("set the size of", path))
 }
 
+/// Writes `bytes` to the beginning of `file` (named `path` in errors).
+///
+/// # Errors
+/// The filesystem refuses.
+pub fn write_at_start(file: &File, path: &Path, bytes: &[u8]) -> Result<(), StorageError> {
+    std::os::unix::fs::FileExt::write_all_at(file, bytes, 0)
+        .map_err(StorageError::new("write", path))
+}
+
 /// Makes sure that writing to the first `size` bytes of `file` (named `path` in errors) will not run out of room.
 /// What is in the file stays.
 ///

@@ -16,7 +16,7 @@ use banger_core::watermark::{
 };
 use banger_host::host_side::HostSide;
 use banger_host::op::{HostAnswer, HostOp, SnapshotState};
-use banger_host::storage::{create_sparse, ops, preallocate};
+use banger_host::storage::{create_sparse, ops, preallocate, write_at_start};
 use banger_image::template;
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
@@ -24,8 +24,11 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 
 const SECTOR: u64 = 512;
-/// How a copy-on-write file begins once the kernel has used it.
-const MAGIC: &[u8; 4] = b"SnAp";
+/// How a copy-on-write file begins; after that come zeros, which hold no chunk. The kernel would write the same, but so
+/// a file that lost its content is told from one that is fresh.
+const HEADER: [u8; 16] = *b"SnAp\x01\0\0\0\x01\0\0\0\x08\0\0\0";
+const MAGIC: std::ops::Range<usize> = 0..4;
+const _: () = assert!(HEADER[12] as u64 == ops::CHUNK_SECTORS);
 
 #[derive(Debug)]
 pub(super) struct Snapshot;
@@ -42,8 +45,10 @@ impl StorageDriver for Snapshot {
 
     fn create(&self, layer: &Layer) -> Result<(), ErrorBody> {
         let first = cow_first(device_bytes(layer)?);
-        let made = create_sparse(&layer.file, first, 0o600)
-            .and_then(|file| reserve(&file, &layer.file, first));
+        let made = create_sparse(&layer.file, first, 0o600).and_then(|file| {
+            reserve(&file, &layer.file, first)?;
+            write_at_start(&file, &layer.file, &HEADER)
+        });
         made.map_err(|error| {
             let body = storage_error(&error);
             if layer.file.exists() && error.is_no_space() {
@@ -124,12 +129,16 @@ fn reserve(file: &File, path: &Path, bytes: u64) -> Result<(), banger_host::stor
 /// A copy-on-write file that was never used, or is torn, is made again; one that may hold data is never touched.
 fn ensure_cow(driver: &Snapshot, layer: &Layer) -> Result<(), ErrorBody> {
     use std::os::unix::fs::FileExt;
-    let mut begins = [0; 4];
-    let read = File::open(&layer.file).and_then(|file| file.read_exact_at(&mut begins, 0));
+    let mut begins = [0; HEADER.len()];
+    // It only grows: a smaller one is torn.
+    let first = cow_first(device_bytes(layer)?);
+    let read = File::open(&layer.file).and_then(|file| {
+        file.read_exact_at(&mut begins, 0)?;
+        Ok(file.metadata()?.len() >= first)
+    });
     let error = match read {
-        Ok(()) if &begins == MAGIC => return Ok(()),
-        Ok(()) if begins == [0; 4] && !layer.precious => return Ok(()),
-        Ok(()) => ErrorBody::new(
+        Ok(true) if begins[MAGIC] == HEADER[MAGIC] => return Ok(()),
+        Ok(_) => ErrorBody::new(
             ErrorCode::Conflict,
             format!(
                 "`{}` is not the copy-on-write file of `{}`",

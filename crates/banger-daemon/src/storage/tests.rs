@@ -1,4 +1,5 @@
-//! The same suite over every storage driver, on every filesystem that this machine can mount.
+//! The same suite over every storage driver, on every filesystem that this machine can mount. Snapshots need
+//! device-mapper: where there is none, the program of these tests can be given to the test host as its suite.
 
 use super::*;
 use banger_host::exec::Run;
