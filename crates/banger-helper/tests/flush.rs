@@ -7,6 +7,7 @@ mod world;
 use banger_host::net::nft::Rules;
 use banger_host::net::routing;
 use banger_host::op::{NamespaceAnswer, NamespaceOp};
+use rustix::process::{Pid, Signal, kill_process};
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -31,6 +32,22 @@ fn arrived(socket: &UdpSocket) -> Vec<String> {
         all.push(String::from_utf8_lossy(&buffer[..length]).into_owned());
     }
     all
+}
+
+/// A process that goes on when this goes, also in a test that fails.
+struct Stopped(Pid);
+
+impl Stopped {
+    fn new(process: Pid) -> Self {
+        kill_process(process, Signal::STOP).unwrap();
+        Self(process)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _ = kill_process(self.0, Signal::CONT);
+    }
 }
 
 /// Namespaces without any rule, as between a flush and the repair: the keeper is not running.
@@ -69,7 +86,7 @@ fn without_its_rules_the_namespace_routes_nothing() {
     });
     // A keeper that is stopped repairs nothing.
     let keeper = world.keeper_pid();
-    rustix::process::kill_process(keeper, rustix::process::Signal::STOP).unwrap();
+    let stopped = Stopped::new(keeper);
     for gone in [
         &["delete", "table", "inet", "banger"][..],
         &["flush", "ruleset"],
@@ -93,7 +110,7 @@ fn without_its_rules_the_namespace_routes_nothing() {
         assert_eq!(arrived(&outside), [""; 0], "{gone:?}");
         assert_eq!(arrived(&inside), [""; 0], "{gone:?}");
     }
-    rustix::process::kill_process(keeper, rustix::process::Signal::CONT).unwrap();
+    drop(stopped);
     wait_for("the repair", || {
         speak("repaired");
         heard.0 = arrived(&outside);
