@@ -251,6 +251,11 @@ impl TestEnv {
         &self.libexec
     }
 
+    /// The base of the world's /20.
+    pub fn pool(&self) -> Ipv4Addr {
+        self.pool
+    }
+
     /// The host's address on the veth to the guests.
     pub fn host_address(&self) -> String {
         banger_core::addr::Pool::at(self.pool).host().to_string()

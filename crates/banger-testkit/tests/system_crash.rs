@@ -8,8 +8,9 @@
 use banger_testkit::env::TestEnv;
 use banger_testkit::host::{Host, openers};
 use banger_testkit::run::{LIMIT, eventually, wait_exit};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -35,6 +36,13 @@ const PURGE: &[&str] = &["vm", "delete", "--purge", NAME];
 const FORCE: &[&str] = &["vm", "delete", "--force", "--purge", NAME];
 
 const RESTART: &[&str] = &["vm", "restart", NAME];
+const UNDELETE: &[&str] = &["vm", "undelete", NAME];
+const RESET: &[&str] = &["vm", "reset", NAME];
+const GROW: &[&str] = &["vm", "set", "--disk-size", "96M", NAME];
+const NAT: &[&str] = &["nat", "up", NAME];
+const PUBLISH: &[&str] = &["port", "add", NAME, PUBLISHED];
+/// Stands for a port at an address of the loopback that no other world uses.
+const PUBLISHED: &str = "{published}";
 
 /// A verb, and what has to be done before it can be tried.
 struct Scene {
@@ -58,7 +66,7 @@ const fn scene(
     }
 }
 
-const SCENES: [Scene; 8] = [
+const SCENES: [Scene; 13] = [
     scene("create", &[], CREATE),
     scene("start", &[CREATE], START),
     Scene {
@@ -70,7 +78,32 @@ const SCENES: [Scene; 8] = [
     scene("delete", &[CREATE, START, STOP], DELETE),
     scene("purge", &[CREATE, START, STOP], PURGE),
     scene("forced purge", &[CREATE, START], FORCE),
+    scene("undelete", &[CREATE, START, STOP, DELETE], UNDELETE),
+    scene("reset", &[CREATE, START, STOP], RESET),
+    scene("grow", &[CREATE, START, STOP], GROW),
+    scene("nat up", &[CREATE, START], NAT),
+    scene("port add", &[CREATE, START], PUBLISH),
 ];
+
+/// The port of the host that a world publishes.
+fn published(env: &TestEnv) -> SocketAddrV4 {
+    let [_, b, c, _] = env.pool().octets();
+    SocketAddrV4::new(Ipv4Addr::new(127, b, c, 1), 8080)
+}
+
+/// The arguments of a scene in this world.
+fn in_world(env: &TestEnv, args: &[&str]) -> Vec<String> {
+    let place = format!("{}:80", published(env));
+    args.iter()
+        .map(|arg| {
+            if *arg == PUBLISHED {
+                place.clone()
+            } else {
+                (*arg).to_owned()
+            }
+        })
+        .collect()
+}
 
 impl Scene {
     fn env(&self) -> Option<TestEnv> {
@@ -98,7 +131,9 @@ fn points(scene: &Scene) -> Option<Vec<String>> {
     let env = scene.env()?;
     let (trace, text) = file(&env, "trace");
     let traced = |args: &[&str], status| {
-        let output = env.banger_with(&[("BANGER_CRASH_TRACE", &text)], args);
+        let args = in_world(&env, args);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let output = env.banger_with(&[("BANGER_CRASH_TRACE", &text)], &args);
         assert_eq!(output.status, status, "{args:?}: {output:?}");
     };
     for args in scene.before {
@@ -171,7 +206,9 @@ fn crash(env: &TestEnv, scene: &Scene, point: &str) {
         env_ok(env, &["daemon", "stop"], point);
     }
     let daemon = env.daemon_pid();
-    let output = env.banger_with(&variables, scene.tried);
+    let tried = in_world(env, scene.tried);
+    let tried: Vec<&str> = tried.iter().map(String::as_str).collect();
+    let output = env.banger_with(&variables, &tried);
     // Some points come after the answer.
     assert!(
         output.status == 3 || output.status == scene.status,
@@ -191,7 +228,7 @@ fn settled(env: &TestEnv, scene: &Scene) -> Option<Value> {
         assert_eq!(vms.len(), 1, "{vms:?}");
         let rests = match vm["phase"]["state"].as_str().unwrap() {
             // A purge that was promised goes on by itself.
-            "stopped" => vm["trashed_at"].is_null() || scene.verb == "delete",
+            "stopped" => vm["trashed_at"].is_null() || matches!(scene.verb, "delete" | "undelete"),
             "running" => vm["desired"] == "on" && vm["phase"]["ready"] == true,
             _ => false,
         };
@@ -232,6 +269,10 @@ fn assert_host_is_records(env: &TestEnv, at: &str, vm: Option<&Value>) {
         assert_eq!(openers(&folder.join("overlay.img")), vmms, "{at}");
         let tap = format!("bt{}", &id.replace('-', "")[20..]);
         assert_eq!(env.taps(), [tap], "{at}");
+        let wanted = (&vm["spec"]["nat"] == true, vm["spec"]["ports"] != json!([]));
+        eventually("the network is as recorded", || {
+            (network_now(env) == wanted).then_some(())
+        });
     } else {
         assert_eq!((shims, vmms), (vec![], vec![]), "{at}");
         assert_eq!(
@@ -242,6 +283,13 @@ fn assert_host_is_records(env: &TestEnv, at: &str, vm: Option<&Value>) {
         assert_eq!(env.taps(), Vec::<String>::new(), "{at}");
         assert!(!folder.join("run").exists(), "{at}: run/ is left");
     }
+}
+
+/// Whether the kernel lets the world's one VM out, and whether the host listens for it.
+fn network_now(env: &TestEnv) -> (bool, bool) {
+    let status = env.json(&["nat", "status"]);
+    let listens = TcpStream::connect(published(env)).is_ok();
+    (status["vms"][0]["nat_now"] == true, listens)
 }
 
 /// After the recovery: all is as the records say, what was acknowledged is there, and everything works on.
