@@ -14,6 +14,7 @@ pub use host::{
 
 use banger_core::addr::Pool;
 use banger_core::id::MacAddress;
+pub use banger_core::publish::Protocol;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
@@ -34,25 +35,6 @@ pub struct Port {
     pub mac: MacAddress,
     /// The only IPv4 address that may send from it.
     pub address: Ipv4Addr,
-}
-
-/// A transport protocol.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Protocol {
-    /// TCP.
-    Tcp,
-    /// UDP.
-    Udp,
-}
-
-impl std::fmt::Display for Protocol {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Tcp => "tcp",
-            Self::Udp => "udp",
-        })
-    }
 }
 
 /// A port of the host that leads into a guest.

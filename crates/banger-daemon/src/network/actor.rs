@@ -94,7 +94,7 @@ impl Actor {
         let ensure = HostOp::EnsureResolved {
             instance: self.setup.instance,
             pool: self.setup.pool,
-            dns: self.setup.pool.uplink(),
+            dns: self.setup.pool.gateway(),
         };
         match host.perform(&ensure, &[]) {
             Ok((HostAnswer::Resolved(report), _)) => match report {

@@ -2,6 +2,7 @@
 
 use super::NetworkError;
 use super::plan::Place;
+use banger_core::publish::Protocol;
 use banger_host::net::keeper::{Keeper, KeeperError};
 use banger_host::op::{NamespaceAnswer, NamespaceOp, PortState, Publication, PublicationState};
 use std::collections::{BTreeMap, BTreeSet};
@@ -144,10 +145,7 @@ impl Namespace {
             None => {}
         }
         let listener = listen(place).map_err(|source| NetworkError::Listen {
-            protocol: match publication.protocol {
-                banger_host::op::Protocol::Tcp => banger_core::publish::Protocol::Tcp,
-                banger_host::op::Protocol::Udp => banger_core::publish::Protocol::Udp,
-            },
+            protocol: publication.protocol,
             listen: publication.listen,
             source,
         })?;
@@ -178,8 +176,8 @@ impl Namespace {
 
 fn listen((protocol, listen): Place) -> std::io::Result<OwnedFd> {
     Ok(match protocol {
-        banger_host::op::Protocol::Tcp => TcpListener::bind(listen)?.into(),
-        banger_host::op::Protocol::Udp => UdpSocket::bind(listen)?.into(),
+        Protocol::Tcp => TcpListener::bind(listen)?.into(),
+        Protocol::Udp => UdpSocket::bind(listen)?.into(),
     })
 }
 
@@ -208,7 +206,7 @@ mod tests {
     #[test]
     fn a_place_that_is_taken_is_an_error_that_says_so() {
         let taken = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
-        let place = (banger_host::op::Protocol::Tcp, taken.local_addr().unwrap());
+        let place = (Protocol::Tcp, taken.local_addr().unwrap());
         assert_eq!(
             listen(place).unwrap_err().kind(),
             std::io::ErrorKind::AddrInUse

@@ -35,7 +35,7 @@ impl PortPlan {
 
     pub(super) fn publications(&self) -> Vec<Publication> {
         let publication = |port: &PublishedPort| Publication {
-            protocol: wire(port.protocol),
+            protocol: port.protocol,
             listen: port.listen,
             tap: self.tap(),
             guest: SocketAddrV4::new(self.address, port.guest_port.get()),
@@ -44,16 +44,8 @@ impl PortPlan {
     }
 }
 
-/// The protocol as the namespace's keeper names it.
-pub(super) const fn wire(protocol: Protocol) -> banger_host::op::Protocol {
-    match protocol {
-        Protocol::Tcp => banger_host::op::Protocol::Tcp,
-        Protocol::Udp => banger_host::op::Protocol::Udp,
-    }
-}
-
 /// What names a publication: protocol and place on the host.
-pub(super) type Place = (banger_host::op::Protocol, SocketAddr);
+pub(super) type Place = (Protocol, SocketAddr);
 
 pub(super) fn place(publication: &Publication) -> Place {
     (publication.protocol, publication.listen)

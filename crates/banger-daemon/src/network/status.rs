@@ -75,7 +75,7 @@ pub(crate) async fn status(app: &App) -> Result<NetworkStatus, ErrorBody> {
 }
 
 fn port_now(port: &PublishedPort, live: bool, now: &Now) -> VmPort {
-    let place = (super::plan::wire(port.protocol), port.listen);
+    let place = (port.protocol, port.listen);
     let found = now
         .published
         .iter()
