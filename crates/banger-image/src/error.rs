@@ -130,16 +130,6 @@ pub enum BuildError {
         /// The end of what `e2fsck` said.
         output: String,
     },
-    /// A filesystem would become smaller, which is not done: data could be in what is cut off.
-    #[error("`{}` cannot shrink from {from} to {to} bytes; a disk only grows", .path.display())]
-    Shrink {
-        /// The file.
-        path: PathBuf,
-        /// Its size in bytes.
-        from: u64,
-        /// What was asked for.
-        to: u64,
-    },
     /// A file holds no ext4 filesystem.
     #[error("`{}` holds no ext4 filesystem", .path.display())]
     NotExt4 {

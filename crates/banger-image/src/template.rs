@@ -13,16 +13,12 @@ use uuid::Uuid;
 
 const SUPERBLOCK: u64 = 1024;
 const SUPERBLOCK_BYTES: usize = 1024;
-const BLOCKS_AT: usize = 0x04;
-const LOG_BLOCK_AT: usize = 0x18;
 const MAGIC_AT: usize = 0x38;
 const INCOMPAT_AT: usize = 0x60;
 const RO_COMPAT_AT: usize = 0x64;
 const UUID_AT: usize = 0x68;
-const BLOCKS_HIGH_AT: usize = 0x150;
 const CHECKSUM_AT: usize = 0x3fc;
 const RO_COMPAT_METADATA_CSUM: u32 = 0x400;
-const INCOMPAT_64BIT: u64 = 0x80;
 const INCOMPAT_CSUM_SEED: u32 = 0x2000;
 
 /// How many times its size a filesystem can grow while it is mounted.
@@ -148,24 +144,6 @@ pub fn read_ext4_uuid(path: &Path) -> Result<Uuid, BuildError> {
     let mut bytes = [0; 16];
     bytes.copy_from_slice(&superblock[UUID_AT..UUID_AT + 16]);
     Ok(Uuid::from_bytes(bytes))
-}
-
-/// The size in bytes of the ext4 filesystem in `path`, which may be less than the file's.
-pub fn read_ext4_bytes(path: &Path) -> Result<u64, BuildError> {
-    let file = File::open(path).map_err(BuildError::io("read", path))?;
-    let superblock = read_superblock(&file, path)?;
-    let word = |at: usize| {
-        let bytes = [0, 1, 2, 3].map(|offset| superblock[at + offset]);
-        u64::from(u32::from_le_bytes(bytes))
-    };
-    let high = if word(INCOMPAT_AT) & INCOMPAT_64BIT == 0 {
-        0
-    } else {
-        word(BLOCKS_HIGH_AT)
-    };
-    // 64 KiB is the largest block that ext4 knows.
-    let block_bytes = 1024_u64 << word(LOG_BLOCK_AT).min(6);
-    Ok((high << 32 | word(BLOCKS_AT)).saturating_mul(block_bytes))
 }
 
 fn read_superblock(file: &File, path: &Path) -> Result<[u8; SUPERBLOCK_BYTES], BuildError> {

@@ -428,7 +428,6 @@ pub(crate) fn build_error(error: &BuildError) -> ErrorBody {
         BuildError::NotKernel { .. }
         | BuildError::BadArchive { .. }
         | BuildError::PackageList { .. } => ErrorCode::BadFile,
-        BuildError::Shrink { .. } => ErrorCode::InvalidRequest,
         BuildError::ProgramMissing { .. }
         | BuildError::NoSubordinateIds { .. }
         | BuildError::NoAptLists => ErrorCode::HostUnfit,
