@@ -23,7 +23,7 @@ pub struct Image {
     pub packages_digest: Option<String>,
     /// The packages in it, `name version`.
     pub packages: Vec<String>,
-    /// The kernel that its VMs boot by default.
+    /// The kernel that its VMs boot if they name none.
     pub kernel: Option<KernelId>,
     /// Its init.
     pub init: String,

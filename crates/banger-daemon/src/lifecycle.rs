@@ -330,6 +330,7 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
     let images = Arc::new(Images::new(
         paths.clone(),
         store.clone(),
+        config.defaults.kernel.clone(),
         rows.images,
         rows.kernels,
     ));

@@ -152,6 +152,18 @@ impl Registry {
         }
     }
 
+    /// A VM's name, and whether it is in the trash; its id if it is still being made.
+    pub(crate) fn describe(&self, id: VmId) -> String {
+        let Some(handle) = self.state().handles.get(&id).cloned() else {
+            return id.to_string();
+        };
+        let record = handle.latest().record;
+        match record.trashed_at {
+            Some(_) => format!("{} (in the trash)", record.name),
+            None => record.name.to_string(),
+        }
+    }
+
     fn find_among(&self, query: &str, trash: bool) -> Result<Handle, ErrorBody> {
         let handles = self.list(trash);
         let named: Vec<(String, Handle)> = handles
@@ -207,7 +219,12 @@ impl Registry {
             self.refuse_collisions(handle.id, &BTreeSet::from([port.clone()]))?;
         }
         let _held = match &change.name {
-            Some(name) if *name != handle.latest().record.name => Some(self.hold_name(name)?),
+            Some(name) if *name != handle.latest().record.name => {
+                let held = self.hold_name(name);
+                Some(held.map_err(|error| {
+                    error.hint("choose another name; `banger vm list` shows those that are taken")
+                })?)
+            }
             _ => None,
         };
         let request = change.request();

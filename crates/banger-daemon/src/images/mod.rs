@@ -57,6 +57,8 @@ struct Catalog {
 pub(crate) struct Images {
     paths: Paths,
     store: Store,
+    /// What VMs boot that name no kernel: no image has one of its own.
+    default_kernel: String,
     catalog: Mutex<Catalog>,
 }
 
@@ -64,12 +66,14 @@ impl Images {
     pub(crate) fn new(
         paths: Paths,
         store: Store,
+        default_kernel: Option<String>,
         images: Vec<ImageRecord>,
         kernels: Vec<KernelRecord>,
     ) -> Self {
         Self {
             paths,
             store,
+            default_kernel: default_kernel.unwrap_or_else(|| DEFAULT_NAME.to_owned()),
             catalog: Mutex::new(Catalog {
                 images,
                 kernels,
@@ -199,7 +203,10 @@ impl Images {
     }
 
     fn show_image(&self, ImageRecord { name, manifest }: ImageRecord) -> Image {
+        let catalog = self.catalog();
+        let kernel = catalog.kernel(&self.default_kernel).ok();
         Image {
+            kernel: kernel.map(|kernel| kernel.manifest.id),
             id: manifest.id,
             name,
             directory: self.image_folder(manifest.id).display().to_string(),
@@ -212,18 +219,21 @@ impl Images {
                 .into_iter()
                 .map(|p| format!("{} {}", p.name, p.version))
                 .collect(),
-            kernel: None,
             init: manifest.init,
             created_at: Timestamp::from_second(manifest.created).unwrap_or_default(),
         }
     }
 
-    /// Removes an image that no VM pins.
-    pub(crate) async fn delete_image(&self, query: &str) -> Result<(), ErrorBody> {
+    /// Removes an image that no VM pins; `describe` names one that does.
+    pub(crate) async fn delete_image(
+        &self,
+        query: &str,
+        describe: impl Fn(VmId) -> String,
+    ) -> Result<(), ErrorBody> {
         let record = {
             let mut catalog = self.catalog();
             let found = catalog.image(query)?.clone();
-            catalog.check_unpinned("image", query, found.manifest.id.as_uuid())?;
+            catalog.check_unpinned("image", query, found.manifest.id.as_uuid(), describe)?;
             // Out of the catalog first, so that nobody pins it meanwhile.
             catalog
                 .images
@@ -238,12 +248,16 @@ impl Images {
         remove_folder(self.image_folder(id)).await
     }
 
-    /// Removes a kernel that no VM pins.
-    pub(crate) async fn delete_kernel(&self, query: &str) -> Result<(), ErrorBody> {
+    /// Removes a kernel that no VM pins; `describe` names one that does.
+    pub(crate) async fn delete_kernel(
+        &self,
+        query: &str,
+        describe: impl Fn(VmId) -> String,
+    ) -> Result<(), ErrorBody> {
         let record = {
             let mut catalog = self.catalog();
             let found = catalog.kernel(query)?.clone();
-            catalog.check_unpinned("kernel", query, found.manifest.id.as_uuid())?;
+            catalog.check_unpinned("kernel", query, found.manifest.id.as_uuid(), describe)?;
             // Out of the catalog first, so that nobody pins it meanwhile.
             catalog
                 .kernels
@@ -305,14 +319,16 @@ impl Catalog {
         })
     }
 
-    fn check_unpinned(&self, kind: &str, query: &str, id: Uuid) -> Result<(), ErrorBody> {
-        let pins: Vec<String> = self
-            .pins
-            .get(&id)
-            .into_iter()
-            .flatten()
-            .map(VmId::to_string)
-            .collect();
+    fn check_unpinned(
+        &self,
+        kind: &str,
+        query: &str,
+        id: Uuid,
+        describe: impl Fn(VmId) -> String,
+    ) -> Result<(), ErrorBody> {
+        let pins = self.pins.get(&id).into_iter().flatten();
+        let mut pins: Vec<String> = pins.copied().map(describe).collect();
+        pins.sort();
         if pins.is_empty() {
             return Ok(());
         }

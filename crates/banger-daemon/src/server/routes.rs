@@ -69,7 +69,7 @@ pub(super) fn router() -> Router<App> {
         call.app
             .world
             .images
-            .delete_image(call.parameter("image"))
+            .delete_image(call.parameter("image"), |vm| call.app.registry.describe(vm))
             .await?;
         Ok(Nothing {})
     });
@@ -85,7 +85,9 @@ pub(super) fn router() -> Router<App> {
         call.app
             .world
             .images
-            .delete_kernel(call.parameter("kernel"))
+            .delete_kernel(call.parameter("kernel"), |vm| {
+                call.app.registry.describe(vm)
+            })
             .await?;
         Ok(Nothing {})
     });
