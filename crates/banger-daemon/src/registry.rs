@@ -308,6 +308,30 @@ impl Registry {
         outcomes
     }
 
+    /// Room is needed: removes the VM that has been in the trash for longest. Whether there was one that could go.
+    pub(crate) async fn give_way(&self) -> bool {
+        let mut trashed = self.list(true);
+        trashed.sort_by_key(|handle| handle.view.borrow().record.trashed_at);
+        let purge = Ask {
+            purge: true,
+            ..Ask::new(Request::Delete { force: false })
+        };
+        for handle in trashed {
+            let name = handle.latest().record.name.clone();
+            match handle.ask(purge.clone()).await {
+                Ok(_) => {
+                    tracing::warn!(vm = %handle.id, %name, "removed from the trash: the disk needs the room");
+                    self.forget_purged();
+                    return true;
+                }
+                Err(error) => {
+                    tracing::warn!(vm = %handle.id, %name, error = error.message, "it cannot be removed from the trash")
+                }
+            }
+        }
+        false
+    }
+
     fn reserve(
         self: &Arc<Self>,
         world: &World,
@@ -427,7 +451,11 @@ impl Registry {
                 return Err(error);
             }
         };
-        if let Err(error) = make(world, &record).await {
+        while let Err(error) = make(world, &record).await {
+            // A VM that is made is worth more than one that was thrown away.
+            if error.code == ErrorCode::NoSpace && self.give_way().await {
+                continue;
+            }
             world.images.unpin(id);
             return Err(error);
         }

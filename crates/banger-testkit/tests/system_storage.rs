@@ -89,3 +89,49 @@ fn a_vm_that_fills_the_host_waits_for_room_and_one_that_does_not_runs_on() {
     env.ok(&["vm", "stop", "otter"]);
     env.ok(&["vm", "delete", "--purge", "otter"]);
 }
+
+#[test]
+#[ignore = "system test"]
+fn a_vm_in_the_trash_gives_way_to_one_that_is_made() {
+    let options = Options {
+        state_bytes: Some(24 << 20),
+        ..Options::default()
+    };
+    let Some(env) = TestEnv::with("a_vm_in_the_trash_gives_way_to_one_that_is_made", &options)
+    else {
+        return;
+    };
+    // Each takes nine MiB of the image's blocks: there is room for two.
+    let create = |name| {
+        let place = ["--image", "tiny", "--storage", "copy", "--no-start"];
+        env.ok(&[&["vm", "create", "--name", name][..], &place].concat());
+    };
+    let names = |args: &[&str]| -> Vec<String> {
+        let vms = env.json(args);
+        let names = vms.as_array().unwrap().iter();
+        names
+            .map(|vm| vm["name"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    create("ant");
+    env.ok(&["vm", "delete", "ant"]);
+    create("bee");
+    assert_eq!(names(&["vm", "list", "--trash"]), ["ant"]);
+    create("cat");
+    assert_eq!(names(&["vm", "list", "--trash"]), Vec::<String>::new());
+    assert_eq!(names(&["vm", "list"]), ["bee", "cat"]);
+    // With nothing left to give way, it is the new one that is refused.
+    let refused = env.banger(&[
+        "vm",
+        "create",
+        "--name",
+        "dog",
+        "--image",
+        "tiny",
+        "--storage",
+        "copy",
+        "--no-start",
+    ]);
+    assert_eq!(refused.status, 8, "{refused:?}");
+    assert_eq!(names(&["vm", "list"]), ["bee", "cat"]);
+}

@@ -100,6 +100,11 @@ async fn look(
     };
     let paused = live.iter().any(|(_, view)| is_paused_for_room(&view.phase));
     let mark = filesystem(room.available, room.total, UNLIMITED_WRITES, paused);
+    // What was thrown away goes before anybody is paused.
+    let scarce = matches!(mark.verdict, Verdict::PauseGrowing | Verdict::PauseAll);
+    if scarce && registry.give_way().await {
+        return Some(Duration::ZERO);
+    }
     let mut next = Duration::from_millis(mark.next_check_ms);
     for (handle, view) in live {
         let known = known.entry(handle.id).or_default();
