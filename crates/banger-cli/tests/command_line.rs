@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's failure is a panic")]
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -537,6 +538,52 @@ fn what_is_left_of_a_repair_or_in_the_trash_is_an_exit_code() {
     assert_eq!(
         names.stdout,
         "NAME           ADDRESS\ncalm-otter.vm  172.16.0.2\n"
+    );
+}
+
+/// Runs the program at a terminal whose person answers `answer`; what it said is in `stdout`.
+fn at_a_terminal(env: &TestEnv, arguments: &[&str], answer: &str) -> Run {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+    let person = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&person).unwrap();
+    unlockpt(&person).unwrap();
+    let name = ptsname(&person, Vec::new()).unwrap();
+    let terminal = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(name.to_str().unwrap())
+        .unwrap();
+    // Typed ahead: a terminal keeps what was typed until it is read.
+    std::fs::File::from(person.try_clone().unwrap())
+        .write_all(answer.as_bytes())
+        .unwrap();
+    let mut command = env.command(arguments);
+    command
+        .stdin(terminal.try_clone().unwrap())
+        .stderr(terminal)
+        .stdout(Stdio::piped());
+    Run::of(command.output().unwrap())
+}
+
+#[test]
+fn what_cannot_be_undone_asks_at_a_terminal() {
+    let env = TestEnv::new();
+    for arguments in [
+        &["vm", "reset", "fox"][..],
+        &["vm", "delete", "--purge", "fox"],
+        &["vm", "set", "fox", "--image", "web"],
+        &["trash", "empty"],
+    ] {
+        at_a_terminal(&env, arguments, "no\n").expect(130);
+    }
+    assert_eq!(env.starts(), 0);
+    at_a_terminal(&env, &["vm", "delete", "fox"], "").expect(0);
+    at_a_terminal(&env, &["vm", "reset", "fox"], "yes\n").expect(0);
+    at_a_terminal(&env, &["vm", "reset", "--yes", "owl"], "").expect(0);
+    let sent = env.state("requests");
+    assert!(
+        sent.contains("fox/reset") && sent.contains("owl/reset"),
+        "{sent}"
     );
 }
 

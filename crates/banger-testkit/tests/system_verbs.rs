@@ -42,12 +42,17 @@ fn leave_the_host() {
         "link set wan1 up",
         "route add default via 192.0.2.1 dev wan0",
     ] {
-        #[expect(clippy::disallowed_methods, reason = "makes the test's own network")]
-        let status = std::process::Command::new("ip")
-            .args(command.split(' '))
-            .status();
-        assert!(status.unwrap().success(), "ip {command}");
+        run("ip", command);
     }
+}
+
+/// Changes the test's own network.
+fn run(program: &str, arguments: &str) {
+    #[expect(clippy::disallowed_methods, reason = "changes the test's own network")]
+    let status = std::process::Command::new(program)
+        .args(arguments.split(' '))
+        .status();
+    assert!(status.unwrap().success(), "{program} {arguments}");
 }
 
 const SIZE: [&str; 4] = ["--image", "tiny", "--memory", "128"];
@@ -197,6 +202,34 @@ fn nat_holds_at_once_and_is_gone_with_the_vm() {
     assert_eq!(up, "otter: NAT is on from its next start\n");
     env.ok(&["vm", "set", "otter", "--nat", "off"]);
     assert_eq!(env.vm("otter")["spec"]["nat"], false);
+}
+
+#[test]
+#[ignore = "system test"]
+fn who_closes_the_way_out_later_is_named_with_what_helps() {
+    let test = "who_closes_the_way_out_later_is_named_with_what_helps";
+    let Some(env) = world(test) else { return };
+    create(&env, "otter", &["--nat"]);
+    let status = env.banger(&["nat", "status"]);
+    assert_eq!((status.status, status.stderr.as_str()), (0, ""));
+    run(
+        "nft",
+        "add table ip filter; add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }",
+    );
+    let status = env.banger(&["nat", "status"]);
+    assert!(
+        status
+            .stdout
+            .contains("but closed by somebody else's rules")
+            && status
+                .stderr
+                .contains("warning: guests do not reach the internet: ")
+            && status.stderr.contains("FORWARD")
+            && status.stderr.contains("hint: as root: iptables "),
+        "{status:?}"
+    );
+    run("nft", "delete table ip filter");
+    assert_eq!(env.banger(&["nat", "status"]).stderr, "");
 }
 
 #[test]

@@ -284,6 +284,19 @@ impl Actor {
         Ok(())
     }
 
+    /// Somebody else's rules may have closed the way out, or opened it, since it was made.
+    fn look_at_way_out(&mut self) {
+        let Some(namespace) = &self.namespace else {
+            return;
+        };
+        if self.setup.host.is_some() && matches!(self.way_out, WayOut::Open { .. }) {
+            self.way_out =
+                way_out::open(&self.setup, namespace).unwrap_or_else(|error| WayOut::Failed {
+                    why: error_chain(&error),
+                });
+        }
+    }
+
     fn apply(&mut self, plan: PortPlan) -> Result<(), NetworkError> {
         self.prepare()?;
         let tap = plan.tap();
@@ -350,6 +363,7 @@ impl Actor {
 
     fn now(&mut self) -> Result<Now, NetworkError> {
         self.adopt()?;
+        self.look_at_way_out();
         let mut now = Now {
             way_out: Some(self.way_out.clone()),
             host_names: self.host_names.clone(),
