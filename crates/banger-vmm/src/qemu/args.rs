@@ -17,6 +17,11 @@ pub const AGENT_SOCKET: &str = "agent.sock";
 pub const KERNEL_COMMAND_LINE: &str =
     "console=ttyS0 reboot=t panic=-1 quiet loglevel=3 cryptomgr.notests no_timer_check";
 
+/// What an emulated guest's kernel is told besides. It would take the TSCs of two AMD CPUs without an invariant TSC, which
+/// TCG does not offer, for unsynchronised, and read its clock from the ACPI timer instead: an emulated device, each time.
+/// Yet TCG has one TSC for all of a machine's vCPUs (`cpu_get_ticks`: the host's, under one lock, never going back).
+const EMULATED_KERNEL_COMMAND_LINE: &str = "tsc=reliable";
+
 /// An emulated CPU with what Debian's userland wants and little more: each feature costs boot time. Without RDRAND
 /// a guest waits a second for its random pool.
 const EMULATED_CPU: &str = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand,+rdseed,+aes,+pclmulqdq";
@@ -107,6 +112,7 @@ impl Vmm for Qemu {
         args.option("-display", "none");
         args.option("-name", format!("guest={}", machine.name));
         args.option("-machine", MACHINE);
+        let mut kernel_command_line = KERNEL_COMMAND_LINE.to_owned();
         match machine.accelerator {
             Accelerator::Kvm => {
                 args.option("-accel", "kvm");
@@ -116,6 +122,8 @@ impl Vmm for Qemu {
             Accelerator::Tcg => {
                 args.option("-accel", "tcg,thread=single");
                 args.option("-cpu", EMULATED_CPU);
+                kernel_command_line.push(' ');
+                kernel_command_line.push_str(EMULATED_KERNEL_COMMAND_LINE);
             }
         }
         args.option("-smp", machine.vcpus.to_string());
@@ -125,7 +133,7 @@ impl Vmm for Qemu {
         }
         args.option("-kernel", absolute(&machine.kernel)?);
         args.option("-initrd", absolute(&machine.initrd)?);
-        args.option("-append", command_line(KERNEL_COMMAND_LINE, machine)?);
+        args.option("-append", command_line(&kernel_command_line, machine)?);
         args.option("-sandbox", SANDBOX);
         args.option("-chardev", "stdio,id=console,signal=off");
         args.option("-serial", "chardev:console");
@@ -225,7 +233,7 @@ mod tests {
             -accel tcg,thread=single \
             -cpu qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+rdrand,+rdseed,+aes,+pclmulqdq \
             -smp 2 -m 512M -bios /usr/share/qemu/qboot.rom -kernel /k/vmlinux -initrd /k/initrd \
-            -append console=ttyS0 reboot=t panic=-1 quiet loglevel=3 cryptomgr.notests no_timer_check audit=0 \
+            -append console=ttyS0 reboot=t panic=-1 quiet loglevel=3 cryptomgr.notests no_timer_check tsc=reliable audit=0 \
             -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
             -chardev stdio,id=console,signal=off -serial chardev:console -monitor none \
             -qmp unix:qmp.sock,server=on,wait=off \
@@ -249,6 +257,8 @@ mod tests {
         machine.nic = None;
         let line = line(&machine);
         assert!(line.contains("-accel kvm -cpu host"), "{line}");
+        // Its own CPU knows best whether its TSC is to be trusted.
+        assert!(!line.contains("tsc="), "{line}");
         assert!(
             !line.contains("-bios") && !line.contains("netdev"),
             "{line}"
