@@ -1,7 +1,8 @@
 //! Into new namespaces; and where the machine forbids it, why and what to do.
 
+use rustix::fd::AsFd;
 use rustix::io::Errno;
-use rustix::thread::{UnshareFlags, unshare_unsafe};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, unshare_unsafe};
 use std::io;
 use std::path::Path;
 
@@ -51,6 +52,27 @@ pub fn enter(user_namespace: bool) -> Result<(), EnterError> {
             }
         }
     })
+}
+
+/// Moves this process, which must have one thread, into namespaces that are there already: `user` first, since the
+/// right to enter the other comes from it.
+///
+/// # Errors
+/// A file names no namespace, or the kernel refuses.
+pub fn join(network: &Path, user: Option<&Path>) -> Result<(), EnterError> {
+    let enter = |path: &Path, kind| {
+        let refused = |source| EnterError::Refused {
+            what: "enter the namespace of a network that lost its keeper",
+            source,
+        };
+        let file = std::fs::File::open(path).map_err(refused)?;
+        rustix::thread::move_into_link_name_space(file.as_fd(), Some(kind))
+            .map_err(|errno| refused(errno.into()))
+    };
+    if let Some(user) = user {
+        enter(user, LinkNameSpaceType::User)?;
+    }
+    enter(network, LinkNameSpaceType::Network)
 }
 
 #[expect(

@@ -14,6 +14,7 @@ use banger_host::op::{HostAnswer, HostOp, NamespaceAnswer, NamespaceOp, Resolved
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 
@@ -29,6 +30,10 @@ pub(super) struct Actor {
     namespace: Option<Namespace>,
     plans: Plans,
     way_out: WayOut,
+    /// The namespace has another keeper than before: everything is to be measured anew.
+    rejoined: bool,
+    /// The name server has its sockets in the namespace.
+    named: bool,
     /// The host's resolver is to be told of the name server.
     tell_resolver: bool,
     /// What it said.
@@ -48,6 +53,8 @@ impl Actor {
             namespace: None,
             plans: Plans::new(),
             way_out: WayOut::Closed,
+            rejoined: false,
+            named: false,
             tell_resolver: false,
             host_names: None,
             problems: BTreeMap::new(),
@@ -58,7 +65,10 @@ impl Actor {
         // A caller that went away no longer wants the answer.
         match ask {
             Ask::Lease(plan, reply) => drop(reply.send(self.lease(plan))),
-            Ask::Apply(plan, reply) => drop(reply.send(self.apply(plan))),
+            Ask::Apply(plan, shim, reply) => {
+                let found = shim.map_or(Ok(()), |shim| self.find(shim, &plan));
+                drop(reply.send(found.and_then(|()| self.apply(plan))));
+            }
             Ask::Release(tap, reply) => drop(reply.send(self.release(&tap))),
             Ask::Now(reply) => drop(reply.send(self.now())),
             Ask::Settle(reply) => drop(reply.send(self.settle())),
@@ -67,6 +77,7 @@ impl Actor {
                 let keeper = self.ensure().map(|namespace| Arc::clone(&namespace.keeper));
                 drop(reply.send(keeper));
             }
+            Ask::KeeperEnded => self.keeper_ended(),
             Ask::HostAddresses(addresses) => {
                 self.host_addresses = addresses;
                 if let Some(namespace) = &self.namespace
@@ -79,6 +90,15 @@ impl Actor {
                 }
             }
             Ask::Close(reply) => drop(reply.send(self.close())),
+        }
+        if std::mem::take(&mut self.rejoined) {
+            match self.repair() {
+                Ok(_) => tracing::warn!("the network has a keeper again, and is as it was"),
+                Err(error) => tracing::error!(
+                    error = error_chain(&error),
+                    "the network has lost its keeper and is not as it was"
+                ),
+            }
         }
         // Only now: nobody's start waits for it.
         if std::mem::take(&mut self.tell_resolver) {
@@ -119,7 +139,8 @@ impl Actor {
         }
         match Keeper::connect(&self.setup.keeper_socket) {
             Ok(keeper) => {
-                self.namespace = Some(Namespace::open(keeper)?);
+                let namespace = Namespace::open(keeper)?;
+                self.hold(namespace);
                 Ok(())
             }
             Err(KeeperError::Unreachable { .. }) => Ok(()),
@@ -127,26 +148,69 @@ impl Actor {
         }
     }
 
+    /// Finds the namespace of a VM that an earlier daemon left, through its keeper, or else through its shim.
+    fn find(&mut self, shim: i32, plan: &PortPlan) -> Result<(), NetworkError> {
+        self.adopt()?;
+        if self.namespace.is_none() {
+            let file = |kind| PathBuf::from(format!("/proc/{shim}/ns/{kind}"));
+            let namespace = namespace::join(&self.setup, &file("net"), &file("user"))?;
+            self.hold(namespace);
+        }
+        // Another keeper knows of no port, and somebody may have deleted it.
+        let namespace = self.prepare()?;
+        namespace
+            .keeper
+            .request(NamespaceOp::EnsurePort(plan.port()))?;
+        Ok(())
+    }
+
     /// The namespace, made if need be.
     fn ensure(&mut self) -> Result<&mut Namespace, NetworkError> {
-        if self
-            .namespace
-            .as_ref()
-            .is_some_and(|namespace| !namespace.lives())
-        {
-            tracing::warn!("the keeper of the network namespace is gone");
-            self.namespace = None;
+        let lost = self.namespace.take_if(|namespace| !namespace.lives());
+        if let Some(lost) = lost {
+            // VMs may live in it.
+            let namespace = lost.rejoin(&self.setup)?;
+            self.rejoined = true;
+            return Ok(self.hold(namespace));
         }
         self.adopt()?;
-        let namespace = match self.namespace.take() {
-            Some(namespace) => namespace,
-            None => namespace::make(
-                &self.setup.keeper_program,
-                &self.setup.keeper_socket,
-                self.setup.mode != Mode::Root,
-            )?,
-        };
-        Ok(self.namespace.insert(namespace))
+        match self.namespace.take() {
+            Some(namespace) => Ok(self.namespace.insert(namespace)),
+            None => {
+                let namespace = namespace::make(
+                    &self.setup.keeper_program,
+                    &self.setup.keeper_socket,
+                    self.setup.mode != Mode::Root,
+                )?;
+                self.named = false;
+                Ok(self.hold(namespace))
+            }
+        }
+    }
+
+    /// Keeps a namespace, and hears of its keeper's end.
+    fn hold(&mut self, namespace: Namespace) -> &mut Namespace {
+        if let Ok((NamespaceAnswer::Hello { pid, .. }, _)) =
+            namespace.keeper.request(NamespaceOp::Hello)
+        {
+            host_watch::follow_keeper(pid, self.inbox.clone());
+        }
+        self.namespace.insert(namespace)
+    }
+
+    fn keeper_ended(&mut self) {
+        if self.plans.is_empty() {
+            // Nobody lives in it; the next VM gets another.
+            self.namespace.take_if(|namespace| !namespace.lives());
+            return;
+        }
+        tracing::warn!("the keeper of the network namespace is gone");
+        if let Err(error) = self.ensure() {
+            tracing::error!(
+                error = error_chain(&error),
+                "the network gets no other keeper"
+            );
+        }
     }
 
     /// The namespace with all that VMs share in it, and its end on the host.
@@ -157,6 +221,7 @@ impl Actor {
             namespace: Some(namespace),
             setup,
             tell_resolver,
+            named,
             host_addresses,
             ..
         } = self
@@ -178,6 +243,9 @@ impl Actor {
         }
         namespace.close_host(host_addresses)?;
         namespace.prepared = true;
+        if std::mem::replace(named, true) {
+            return Ok(namespace);
+        }
         match namespace.keeper.request(NamespaceOp::DnsSockets) {
             Ok((_, sockets)) => {
                 // Four sockets: the host reaches two of them.

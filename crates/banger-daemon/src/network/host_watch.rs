@@ -6,6 +6,8 @@ use banger_host::error_chain;
 use banger_host::host_side::{HostSide, Keeping, Settled};
 use banger_host::net::addresses;
 use banger_host::net::host::HostOpError;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use std::ops::ControlFlow;
 use tokio::sync::mpsc;
 
@@ -29,6 +31,26 @@ pub(super) fn follow_addresses(inbox: mpsc::WeakSender<Ask>) {
         });
     if let Err(error) = spawned {
         tracing::warn!(%error, "changes of the host's addresses are not heard of");
+    }
+}
+
+/// Tells the network's actor when the process `keeper` has ended.
+pub(super) fn follow_keeper(keeper: i32, inbox: mpsc::WeakSender<Ask>) {
+    let Ok(pidfd) = banger_vmm::process::open(keeper) else {
+        return;
+    };
+    let spawned = std::thread::Builder::new()
+        .name("keeper-end".to_owned())
+        .spawn(move || {
+            let mut ended = [PollFd::new(&pidfd, PollFlags::IN)];
+            while let Err(Errno::INTR) = poll(&mut ended, None) {}
+            if let Some(inbox) = inbox.upgrade() {
+                // The actor may have ended, too.
+                let _ = inbox.blocking_send(Ask::KeeperEnded);
+            }
+        });
+    if let Err(error) = spawned {
+        tracing::warn!(%error, "the end of the namespace's keeper is not heard of");
     }
 }
 

@@ -111,12 +111,13 @@ type Reply<T> = oneshot::Sender<Result<T, NetworkError>>;
 
 enum Ask {
     Lease(PortPlan, Reply<Lease>),
-    Apply(PortPlan, Reply<()>),
+    Apply(PortPlan, Option<i32>, Reply<()>),
     Release(String, Reply<()>),
     Now(Reply<Now>),
     Repair(Reply<Vec<String>>),
     Settle(Reply<()>),
     HostAddresses(BTreeSet<Ipv4Addr>),
+    KeeperEnded,
     Keeper(Reply<Arc<Keeper>>),
     Close(Reply<()>),
 }
@@ -156,10 +157,15 @@ impl Network {
         self.ask(|reply| Ask::Lease(plan, reply)).await
     }
 
-    /// Brings a live VM's network to its plan, also one that an earlier daemon left. After an error the network is as
-    /// the plan before said.
+    /// Brings a live VM's network to its plan. After an error the network is as the plan before said.
     pub(crate) async fn apply(&self, plan: PortPlan) -> Result<(), NetworkError> {
-        self.ask(|reply| Ask::Apply(plan, reply)).await
+        self.ask(|reply| Ask::Apply(plan, None, reply)).await
+    }
+
+    /// As [`Network::apply`], for a VM that an earlier daemon left with its shim: if the namespace has lost its keeper,
+    /// it is the shim's.
+    pub(crate) async fn take_over(&self, plan: PortPlan, shim: i32) -> Result<(), NetworkError> {
+        self.ask(|reply| Ask::Apply(plan, Some(shim), reply)).await
     }
 
     /// Removes a port and all that goes with it; no error if it is gone, or the whole namespace with it.

@@ -1,14 +1,15 @@
 //! The instance's namespace as the actor holds it.
 
-use super::NetworkError;
 use super::plan::Place;
+use super::{NetworkError, NetworkSetup};
+use banger_api::daemon::Mode;
 use banger_core::publish::Protocol;
 use banger_host::net::keeper::{Keeper, KeeperError};
 use banger_host::op::{NamespaceAnswer, NamespaceOp, PortState, Publication, PublicationState};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// What a keeper of an earlier version says to an operation that it does not know.
@@ -52,6 +53,19 @@ impl Namespace {
     /// Whether its keeper still answers.
     pub(super) fn lives(&self) -> bool {
         self.keeper.request(NamespaceOp::Hello).is_ok()
+    }
+
+    /// Another keeper in this namespace, whose own is gone.
+    pub(super) fn rejoin(&self, setup: &NetworkSetup) -> Result<Self, NetworkError> {
+        let own = |fd: &OwnedFd| {
+            PathBuf::from(format!(
+                "/proc/{}/fd/{}",
+                std::process::id(),
+                fd.as_raw_fd()
+            ))
+        };
+        let user = self.user.as_ref().map(own).unwrap_or_default();
+        join(setup, &own(&self.network), &user)
     }
 
     fn request(&self, op: NamespaceOp) -> Result<NamespaceAnswer, KeeperError> {
@@ -188,6 +202,17 @@ pub(super) fn make(
     user_namespace: bool,
 ) -> Result<Namespace, NetworkError> {
     Namespace::open(Keeper::spawn(program, socket, user_namespace)?)
+}
+
+/// Starts a keeper in a namespace that has lost its own. `network` and `user` are files like `/proc/PID/ns/net`.
+pub(super) fn join(
+    setup: &NetworkSetup,
+    network: &Path,
+    user: &Path,
+) -> Result<Namespace, NetworkError> {
+    let user = (setup.mode != Mode::Root).then_some(user);
+    let keeper = Keeper::join(&setup.keeper_program, &setup.keeper_socket, network, user)?;
+    Namespace::open(keeper)
 }
 
 /// Waits until the keeper no longer answers, for at most two seconds.

@@ -50,6 +50,7 @@ impl Actor {
     }
 
     pub(super) async fn take_over(&mut self, attempt: AttemptFile, link: Link, status: Status) {
+        let shim = status.shim_pid;
         self.note("recover", "found running and taken over", None);
         self.adopt(attempt, link, status, None);
         if !self.record.started_once {
@@ -57,7 +58,8 @@ impl Actor {
                 .await;
         }
         // Also what was changed by hand, or by an earlier daemon just before it ended.
-        if let Err(error) = self.world.network.apply(self.record.port_plan()).await {
+        let plan = self.record.port_plan();
+        if let Err(error) = self.world.network.take_over(plan, shim).await {
             let why = banger_host::error_chain(&error);
             self.note("network", why, None);
         }

@@ -11,7 +11,8 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: banger-netns --socket PATH [--user-namespace]\n       banger-netns --way-out-of PID --pasta PATH\n       \
+const USAGE: &str = "usage: banger-netns --socket PATH [--user-namespace]\n       \
+     banger-netns --socket PATH --join-network PATH [--join-user PATH]\n       banger-netns --way-out-of PID --pasta PATH\n       \
      banger-netns --probe-kvm";
 
 /// What the command line asks for.
@@ -19,6 +20,11 @@ enum Task {
     Keep {
         socket: PathBuf,
         user_namespace: bool,
+    },
+    Rejoin {
+        socket: PathBuf,
+        network: PathBuf,
+        user: Option<PathBuf>,
     },
     WayOut {
         keeper: i32,
@@ -32,7 +38,14 @@ fn main() -> ExitCode {
         Some(Task::Keep {
             socket,
             user_namespace,
-        }) => keep(&socket, user_namespace),
+        }) => keep(&socket, user_namespace, || enter::enter(user_namespace)),
+        Some(Task::Rejoin {
+            socket,
+            network,
+            user,
+        }) => keep(&socket, user.is_some(), || {
+            enter::join(&network, user.as_deref())
+        }),
         Some(Task::WayOut { keeper, pasta }) => hold_way_out(keeper, &pasta),
         Some(Task::ProbeKvm) => banger_host::probe::child_main(),
         None => {
@@ -46,10 +59,13 @@ fn parse(mut args: impl Iterator<Item = OsString>) -> Option<Task> {
     let mut socket = None;
     let mut user_namespace = false;
     let (mut keeper, mut pasta) = (None, None);
+    let (mut network, mut user) = (None, None);
     while let Some(arg) = args.next() {
         match arg.to_str() {
             Some("--socket") => socket = Some(PathBuf::from(args.next()?)),
             Some("--user-namespace") => user_namespace = true,
+            Some("--join-network") => network = Some(PathBuf::from(args.next()?)),
+            Some("--join-user") => user = Some(PathBuf::from(args.next()?)),
             Some("--way-out-of") => keeper = Some(args.next()?.to_str()?.parse().ok()?),
             Some("--pasta") => pasta = Some(PathBuf::from(args.next()?)),
             Some("--probe-kvm") if socket.is_none() && !user_namespace => {
@@ -58,23 +74,32 @@ fn parse(mut args: impl Iterator<Item = OsString>) -> Option<Task> {
             _ => return None,
         }
     }
-    match (socket, keeper, pasta) {
-        (Some(socket), None, None) => Some(Task::Keep {
+    match (socket, network, keeper, pasta) {
+        (Some(socket), None, None, None) if user.is_none() => Some(Task::Keep {
             socket,
             user_namespace,
         }),
-        (None, Some(keeper), Some(pasta)) if !user_namespace => {
+        (Some(socket), Some(network), None, None) if !user_namespace => Some(Task::Rejoin {
+            socket,
+            network,
+            user,
+        }),
+        (None, None, Some(keeper), Some(pasta)) if !user_namespace && user.is_none() => {
             Some(Task::WayOut { keeper, pasta })
         }
         _ => None,
     }
 }
 
-fn keep(socket: &std::path::Path, user_namespace: bool) -> ExitCode {
+fn keep(
+    socket: &std::path::Path,
+    user_namespace: bool,
+    enter: impl FnOnce() -> Result<(), enter::EnterError>,
+) -> ExitCode {
     // Already a leader of its own when a shell started it; that is as good.
     let _ = rustix::process::setsid();
     allow_many_descriptors();
-    let server = match enter::enter(user_namespace) {
+    let server = match enter() {
         Ok(()) => Server::listen(socket, user_namespace).map_err(|error| error_chain(&error)),
         Err(error) => Err(error_chain(&error)),
     };

@@ -99,6 +99,26 @@ impl Keeper {
         Self::connect(socket)
     }
 
+    /// As [`Keeper::spawn`], in namespaces that are there already and have lost their keeper: files like
+    /// `/proc/PID/ns/net`.
+    ///
+    /// # Errors
+    /// As [`Keeper::spawn`], or the namespaces may not be entered.
+    pub fn join(
+        program: &Path,
+        socket: &Path,
+        network: &Path,
+        user: Option<&Path>,
+    ) -> Result<Self, KeeperError> {
+        let mut args = vec![OsStr::new("--socket"), socket.as_os_str()];
+        args.extend([OsStr::new("--join-network"), network.as_os_str()]);
+        if let Some(user) = user {
+            args.extend([OsStr::new("--join-user"), user.as_os_str()]);
+        }
+        start(program, &args)?;
+        Self::connect(socket)
+    }
+
     /// The keeper at `socket`, checked to be there.
     ///
     /// # Errors

@@ -1,0 +1,183 @@
+//! What is broken by hand, and what becomes of it: whole daemons, with `fake-vmm` as their VMM.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use banger_testkit::env::TestEnv;
+use banger_testkit::host::Host;
+use banger_testkit::run::{LIMIT, eventually, wait_exit};
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
+
+/// An address of the loopback that no other world uses.
+fn published(env: &TestEnv) -> SocketAddrV4 {
+    let [_, b, c, _] = env.pool().octets();
+    SocketAddrV4::new(Ipv4Addr::new(127, b, c, 1), 8080)
+}
+
+/// A VM that runs, has NAT, and leads a port of the host into its guest.
+fn otter(env: &TestEnv) -> Value {
+    let port = format!("{}:80", published(env));
+    env.json(&[
+        "vm",
+        "create",
+        "--name",
+        "otter",
+        "--image",
+        "tiny",
+        "--nat",
+        "--publish",
+        &port,
+    ])
+}
+
+fn keeper(env: &TestEnv) -> Option<i32> {
+    env.host().running("banger-netns").first().copied()
+}
+
+fn kill(pid: i32) {
+    let pid = rustix::process::Pid::from_raw(pid).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+}
+
+#[track_caller]
+fn eventually_whole(env: &TestEnv, namespaces: &BTreeSet<String>, not: i32) {
+    eventually("another keeper holds the same network", || {
+        let now = keeper(env).filter(|now| *now != not)?;
+        let status = env.json(&["nat", "status"]);
+        let vm = &status["vms"][0];
+        let whole = vm["nat_now"] == true
+            && vm["ports"][0]["open"] == true
+            && env.taps().len() == 1
+            && TcpStream::connect(published(env)).is_ok();
+        whole.then_some(now)
+    });
+    assert_eq!(env.host().namespaces, *namespaces);
+}
+
+#[test]
+#[ignore = "system test"]
+fn a_namespace_that_loses_its_keeper_gets_another_and_its_vms_notice_nothing() {
+    let test = "a_namespace_that_loses_its_keeper_gets_another_and_its_vms_notice_nothing";
+    let Some(env) = TestEnv::scripted(test, "") else {
+        return;
+    };
+    let before = otter(&env);
+    let host = env.host();
+    let first = keeper(&env).unwrap();
+    kill(first);
+    eventually_whole(&env, &host.namespaces, first);
+
+    // With the daemon gone as well, it is the VM's shim that knows the way.
+    let second = keeper(&env).unwrap();
+    env.kill_daemon();
+    kill(second);
+    assert!(wait_exit(second, LIMIT));
+    env.ok(&["daemon", "start"]);
+    eventually_whole(&env, &host.namespaces, second);
+
+    let after = env.vm("otter");
+    assert_eq!(after["attempt"]["vmm_pid"], before["attempt"]["vmm_pid"]);
+    env.ok(&["vm", "stop", "otter"]);
+    assert!(TcpStream::connect(published(&env)).is_err());
+    env.ok(&["vm", "delete", "--purge", "otter"]);
+    env.ok(&["daemon", "stop"]);
+    assert_eq!(env.host(), Host::default());
+}
+
+#[test]
+#[ignore = "system test"]
+fn an_old_database_put_back_loses_no_vm_and_no_change() {
+    let Some(env) = TestEnv::scripted("an_old_database_put_back_loses_no_vm_and_no_change", "")
+    else {
+        return;
+    };
+    let create = |name| {
+        env.ok(&[
+            "vm",
+            "create",
+            "--name",
+            name,
+            "--image",
+            "tiny",
+            "--no-start",
+        ]);
+    };
+    create("ant");
+    env.ok(&["daemon", "stop"]);
+    let old = std::fs::read(env.database()).unwrap();
+    create("bee");
+    env.ok(&["vm", "set", "--memory", "333", "ant"]);
+    env.ok(&["vm", "delete", "bee"]);
+    env.ok(&["daemon", "stop"]);
+    std::fs::write(env.database(), old).unwrap();
+
+    let vms = env.vms();
+    let fact = |vm: &Value| {
+        (
+            vm["name"].as_str().unwrap().to_owned(),
+            vm["trashed_at"].is_null(),
+        )
+    };
+    let facts: BTreeSet<_> = vms.iter().map(fact).collect();
+    let wanted = [("ant".to_owned(), true), ("bee".to_owned(), false)];
+    assert_eq!(facts, BTreeSet::from(wanted));
+    assert_eq!(env.vm("ant")["spec"]["memory_mib"], 333);
+    let status = env.ok(&["daemon", "status"]);
+    assert!(status.contains("knew more than the database"), "{status}");
+}
+
+#[test]
+#[ignore = "system test"]
+fn a_disk_that_is_gone_is_named_and_nothing_is_made_in_its_place() {
+    let test = "a_disk_that_is_gone_is_named_and_nothing_is_made_in_its_place";
+    let Some(env) = TestEnv::scripted(test, "") else {
+        return;
+    };
+    let vm = otter(&env);
+    env.ok(&["vm", "stop", "otter"]);
+    let overlay = env
+        .vm_folder(vm["id"].as_str().unwrap())
+        .join("overlay.img");
+    let aside = env.folder().join("aside");
+    std::fs::rename(&overlay, &aside).unwrap();
+    let refused = env.banger(&["vm", "start", "otter"]);
+    assert!(refused.status != 0, "{refused:?}");
+    assert!(refused.stderr.contains("overlay.img"), "{refused:?}");
+    assert!(!overlay.exists());
+    std::fs::rename(&aside, &overlay).unwrap();
+    env.ok(&["vm", "start", "otter"]);
+    env.ok(&["vm", "delete", "--force", "--purge", "otter"]);
+}
+
+#[test]
+#[ignore = "system test"]
+fn a_port_that_was_deleted_by_hand_is_told_and_made_again_by_the_next_start() {
+    let test = "a_port_that_was_deleted_by_hand_is_told_and_made_again_by_the_next_start";
+    let Some(env) = TestEnv::scripted(test, "") else {
+        return;
+    };
+    otter(&env);
+    let keeper = keeper(&env).unwrap();
+    let tap = env.taps().remove(0);
+    let deleted = env
+        .command("nsenter")
+        .args([
+            "-t",
+            &keeper.to_string(),
+            "-n",
+            "ip",
+            "link",
+            "delete",
+            &tap,
+        ])
+        .status();
+    assert!(deleted.unwrap().success());
+    let repaired = env.banger(&["doctor", "--repair"]);
+    assert!(repaired.stdout.contains(&tap), "{repaired:?}");
+    assert_eq!(env.taps(), std::slice::from_ref(&tap));
+    env.ok(&["vm", "restart", "otter"]);
+    assert_eq!(env.taps(), [tap]);
+    env.ok(&["vm", "delete", "--force", "--purge", "otter"]);
+    assert_eq!(env.taps(), Vec::<String>::new());
+}
