@@ -274,11 +274,18 @@ pub fn resolve<'a, T>(
     if query.is_empty() {
         return Resolution::None;
     }
-    if let Some(exact) = candidates
-        .iter()
-        .find(|c| name(c) == Some(query) || id(c) == query)
-    {
+    if let Some(exact) = candidates.iter().find(|c| id(c) == query) {
         return Resolution::One(exact);
+    }
+    // Several may have had the same name by the time they came into the trash.
+    let named: Vec<&T> = candidates
+        .iter()
+        .filter(|c| name(c) == Some(query))
+        .collect();
+    match named.as_slice() {
+        [] => {}
+        [one] => return Resolution::One(one),
+        _ => return Resolution::Many(named),
     }
     let matching: Vec<&T> = candidates
         .iter()
@@ -364,6 +371,18 @@ mod tests {
             );
         }
         assert!(resolve_storage(StorageChoice::Auto, no).is_err());
+    }
+
+    #[test]
+    fn a_name_that_two_have_is_ambiguous_and_an_id_is_not() {
+        let all = [("calm", "01"), ("calm", "02"), ("calm-otter", "03")];
+        let find = |query| match resolve(query, &all, |c| Some(c.0), |c| c.1.to_owned()) {
+            Resolution::None => Vec::new(),
+            Resolution::One(one) => vec![one.1],
+            Resolution::Many(many) => many.iter().map(|c| c.1).collect(),
+        };
+        assert_eq!(find("calm"), ["01", "02"]);
+        assert_eq!(find("02"), ["02"]);
     }
 
     #[test]

@@ -142,13 +142,32 @@ impl Registry {
         handles
     }
 
-    /// Finds a VM by name, id or prefix of either. Those in the trash are found only if no other fits.
+    /// Finds a VM by name, id or prefix of either. A whole name comes before a prefix, and after that those outside
+    /// the trash come first.
     pub(crate) fn find(&self, query: &str) -> Result<Handle, ErrorBody> {
-        match self.find_among(query, false) {
-            Err(error) if error.code == ErrorCode::NotFound => {
-                self.find_among(query, true).map_err(|_| error)
+        self.find_first(query, false)
+    }
+
+    /// As [`Registry::find`], but those in the trash come first.
+    pub(crate) fn find_trashed(&self, query: &str) -> Result<Handle, ErrorBody> {
+        self.find_first(query, true)
+    }
+
+    fn find_first(&self, query: &str, trash: bool) -> Result<Handle, ErrorBody> {
+        let (first, second) = (
+            self.find_among(query, trash),
+            self.find_among(query, !trash),
+        );
+        let whole = |found: &Result<Handle, ErrorBody>| match found {
+            Ok(handle) => {
+                handle.latest().record.name.as_str() == query || handle.id.to_string() == query
             }
-            found => found,
+            Err(_) => false,
+        };
+        match (first, second) {
+            (first, second) if !whole(&first) && whole(&second) => second,
+            (Err(error), second) if error.code == ErrorCode::NotFound => second.map_err(|_| error),
+            (first, _) => first,
         }
     }
 
@@ -178,17 +197,6 @@ impl Registry {
             |(_, handle)| handle.id.to_string(),
         )
         .map(|(_, handle)| handle.clone())
-    }
-
-    /// Finds a VM in the trash first, else any.
-    pub(crate) fn find_trashed(&self, query: &str) -> Result<Handle, ErrorBody> {
-        let trashed = self.find_among(query, true);
-        match trashed {
-            Err(error) if error.code == ErrorCode::NotFound => {
-                self.find_among(query, false).map_err(|_| error)
-            }
-            found => found,
-        }
     }
 
     /// Whether another VM that is not in the trash has a port at the same place of the host.

@@ -160,17 +160,10 @@ fn a_port_that_was_deleted_by_hand_is_told_and_made_again_by_the_next_start() {
     otter(&env);
     let keeper = keeper(&env).unwrap();
     let tap = env.taps().remove(0);
-    let deleted = env
-        .command("nsenter")
-        .args([
-            "-t",
-            &keeper.to_string(),
-            "-n",
-            "ip",
-            "link",
-            "delete",
-            &tap,
-        ])
+    #[expect(clippy::disallowed_methods, reason = "breaks the host by hand")]
+    let deleted = std::process::Command::new("nsenter")
+        .arg(format!("--net=/proc/{keeper}/ns/net"))
+        .args(["--", "ip", "link", "delete", &tap])
         .status();
     assert!(deleted.unwrap().success());
     let repaired = env.banger(&["doctor", "--repair"]);
@@ -180,4 +173,84 @@ fn a_port_that_was_deleted_by_hand_is_told_and_made_again_by_the_next_start() {
     assert_eq!(env.taps(), [tap]);
     env.ok(&["vm", "delete", "--force", "--purge", "otter"]);
     assert_eq!(env.taps(), Vec::<String>::new());
+}
+
+#[test]
+#[ignore = "system test"]
+fn a_lock_that_somebody_else_holds_refuses_the_start_and_kills_nobody() {
+    let test = "a_lock_that_somebody_else_holds_refuses_the_start_and_kills_nobody";
+    let Some(env) = TestEnv::scripted(test, "") else {
+        return;
+    };
+    let vm = otter(&env);
+    env.ok(&["vm", "stop", "otter"]);
+    let lock = env.vm_folder(vm["id"].as_str().unwrap()).join("vm.lock");
+    #[expect(clippy::disallowed_methods, reason = "somebody who copies the files")]
+    let mut holder = std::process::Command::new("flock")
+        .arg(&lock)
+        .args(["sleep", "60"])
+        .spawn()
+        .unwrap();
+    eventually("it holds the lock", || {
+        let file = std::fs::File::open(&lock).unwrap();
+        file.try_lock().is_err().then_some(())
+    });
+    let refused = env.banger(&["vm", "start", "otter"]);
+    assert!(refused.status != 0, "{refused:?}");
+    assert_eq!(env.vm("otter")["phase"]["state"], "stopped");
+    assert_eq!(env.vm("otter")["phase"]["why"]["reason"], "asked");
+    assert!(holder.try_wait().unwrap().is_none(), "it was killed");
+    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", holder.id()));
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    for child in children.unwrap().split_whitespace() {
+        kill(child.parse().unwrap());
+    }
+    eventually("it starts", || {
+        (env.banger(&["vm", "start", "otter"]).status == 0).then_some(())
+    });
+    env.ok(&["vm", "delete", "--force", "--purge", "otter"]);
+}
+
+#[test]
+#[ignore = "system test"]
+fn a_whole_name_in_the_trash_is_meant_before_a_prefix_outside_it() {
+    let test = "a_whole_name_in_the_trash_is_meant_before_a_prefix_outside_it";
+    let Some(env) = TestEnv::scripted(test, "") else {
+        return;
+    };
+    for name in ["otter", "otter-2"] {
+        env.ok(&[
+            "vm",
+            "create",
+            "--name",
+            name,
+            "--image",
+            "tiny",
+            "--no-start",
+        ]);
+    }
+    env.ok(&["vm", "delete", "otter"]);
+    env.ok(&["vm", "delete", "--purge", "otter"]);
+    assert_eq!(env.vms().len(), 1);
+    assert_eq!(env.vm("otter-2")["phase"]["state"], "stopped");
+    // Alone, its prefix is enough.
+    env.ok(&["vm", "delete", "--purge", "otter"]);
+    assert_eq!(env.vms(), Vec::<Value>::new());
+}
+
+#[test]
+#[ignore = "system test"]
+fn a_folder_that_is_removed_while_its_vm_runs_ends_as_stopped() {
+    let test = "a_folder_that_is_removed_while_its_vm_runs_ends_as_stopped";
+    let Some(env) = TestEnv::scripted(test, "") else {
+        return;
+    };
+    let vm = otter(&env);
+    let pid = |which: &str| i32::try_from(vm["attempt"][which].as_i64().unwrap()).unwrap();
+    std::fs::remove_dir_all(env.vm_folder(vm["id"].as_str().unwrap())).unwrap();
+    kill(pid("vmm_pid"));
+    env.vm_becomes("otter", "stopped", |vm| vm["phase"]["state"] == "stopped");
+    env.ok(&["vm", "delete", "--purge", "otter"]);
+    assert_eq!(env.vms(), Vec::<Value>::new());
 }

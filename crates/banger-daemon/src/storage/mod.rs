@@ -171,7 +171,9 @@ pub(crate) trait StorageDriver: std::fmt::Debug + Send + Sync {
             .and_then(|()| {
                 std::fs::rename(&fresh, &layer.file)
                     .map_err(|error| io_error("replace", &layer.file, &error))
-            });
+            })
+            // Else the old layer could be back after a power cut, when the reset is long forgotten.
+            .and_then(|()| make_durable(&layer.file));
         if renamed.is_err() {
             // The first failure is what counts; the next reset removes what is left.
             let _ = std::fs::remove_file(&fresh);
@@ -276,14 +278,36 @@ pub(crate) fn replace_empty(
     uuid: Uuid,
 ) -> Result<(), ErrorBody> {
     remove_if_there(target)?;
-    make_empty(cache, bytes, target, uuid)
+    make_empty(cache, bytes, target, uuid)?;
+    make_durable(target)
 }
 
-/// Grows a file, which keeps its content, to `bytes`.
+/// Grows a file, which keeps its content, to `bytes`. It never shrinks: it may be larger than anybody remembers, and
+/// hold data there.
 pub(crate) fn extend(path: &Path, bytes: u64) -> Result<(), ErrorBody> {
+    let failed = |error: std::io::Error| io_error("grow", path, &error);
     let file = std::fs::OpenOptions::new().write(true).open(path);
-    file.and_then(|file| file.set_len(bytes))
-        .map_err(|error| io_error("grow", path, &error))
+    let file = file.map_err(failed)?;
+    let has = file.metadata().map_err(failed)?.len();
+    if bytes < has {
+        let message = format!(
+            "`{}` has {has} bytes and cannot shrink to {bytes}",
+            path.display()
+        );
+        return Err(ErrorBody::new(ErrorCode::InvalidRequest, message)
+            .hint("a disk only grows; copy what you need to a new VM with a smaller one"));
+    }
+    file.set_len(bytes).map_err(failed)
+}
+
+/// Makes a file durable, and that it is there.
+pub(crate) fn make_durable(path: &Path) -> Result<(), ErrorBody> {
+    banger_host::storage::sync_file(path)
+        .and_then(|()| match path.parent() {
+            Some(folder) => banger_host::storage::sync_directory(folder),
+            None => Ok(()),
+        })
+        .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))
 }
 
 /// Checks that a disk is the VM's own. One that never held data is made again if it is missing or torn; one that did,

@@ -60,6 +60,8 @@ pub(super) struct Starting {
     pub(super) cancel: CancellationToken,
     pub(super) steps: watch::Receiver<StartStep>,
     pub(super) starters: Vec<Reply>,
+    /// What was recorded before the start.
+    pub(super) before: Arc<VmRecord>,
     pub(super) cancellers: Vec<Reply>,
     /// Changes that are made when the start has ended.
     pub(super) changes: Vec<(Ask, Reply)>,

@@ -40,11 +40,12 @@ impl Actor {
         if let Some(port) = &change.patch.live.publish {
             self.refuse_collision(port)?;
         }
+        // What is refused is refused before anything is thrown away.
+        self.refuse_shrinking(change.disk_bytes)?;
         if let Some(image) = &change.image
             && image.manifest.id != self.record.spec.image
         {
             self.reset(None, Some(image.clone())).await?;
-            self.change(|record| record.generation += 1).await?;
             self.world.images.repin(
                 self.record.spec.image,
                 self.record.spec.kernel,
@@ -115,6 +116,9 @@ impl Actor {
         self.change(|record| {
             record.reset_pending = true;
             record.overlay_uuid = Uuid::now_v7();
+            if storage.is_some() || image.is_some() {
+                record.generation += 1;
+            }
             if let Some((storage, reason)) = storage {
                 record.spec.storage = storage;
                 record.storage_reason = reason;
@@ -160,18 +164,6 @@ impl Actor {
             Some(_) => None,
             None => Some(Uuid::now_v7()),
         };
-        if let Some(now) = self.record.spec.disk_bytes
-            && bytes < now
-        {
-            let message = format!(
-                "cannot shrink the work disk of `{}` from {} to {} bytes",
-                self.record.name,
-                now.get(),
-                bytes.get()
-            );
-            return Err(ErrorBody::new(ErrorCode::InvalidRequest, message)
-                .hint("a disk only grows; copy what you need to a new VM with a smaller one"));
-        }
         point("set", "disk", Side::Before);
         let cache = self.world.paths.cache.clone();
         blocking(move || match fresh {
@@ -193,6 +185,22 @@ impl Actor {
         );
         self.publish(|_| {});
         Ok(())
+    }
+
+    fn refuse_shrinking(&self, wanted: Option<DiskBytes>) -> Result<(), ErrorBody> {
+        match (self.record.spec.disk_bytes, wanted) {
+            (Some(now), Some(wanted)) if wanted < now => {
+                let message = format!(
+                    "cannot shrink the work disk of `{}` from {} to {} bytes",
+                    self.record.name,
+                    now.get(),
+                    wanted.get()
+                );
+                Err(ErrorBody::new(ErrorCode::InvalidRequest, message)
+                    .hint("a disk only grows; copy what you need to a new VM with a smaller one"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The lock of a VM that is stopped.

@@ -62,8 +62,11 @@ impl Actor {
         std::thread::spawn(move || {
             while !sender.is_closed() {
                 // Short, so that the thread ends soon after nobody waits for it any more.
-                if wait_free(&path, Instant::now() + LOOK_AGAIN).is_ok() {
-                    break;
+                match wait_free(&path, Instant::now() + LOOK_AGAIN) {
+                    Ok(_) => break,
+                    Err(LockError::Held(_)) => {}
+                    // What stands in the way has no event of its own.
+                    Err(LockError::Io { .. }) => std::thread::sleep(LOOK_AGAIN),
                 }
             }
             // The actor may have found out by itself.
@@ -175,7 +178,9 @@ impl Actor {
         point("stop", "end-processes", Side::After);
         // Held until all is cleaned up; only then may the next start begin.
         let lock = match freed {
-            Ok((Ok(lock), _)) => lock,
+            Ok((Ok(lock), _)) => Some(lock),
+            // Its folder was removed while it ran, and its shim has said that it ended: there is nothing to lock.
+            Ok((Err(LockError::Io { .. }), _)) if exited && !self.files.folder.exists() => None,
             Ok((Err(error), shim)) => {
                 let why = banger_host::error_chain(&error);
                 self.note(

@@ -164,6 +164,12 @@ pub(crate) struct AttemptFile {
 }
 
 impl AttemptFile {
+    /// The attempt that the VM's run folder tells of, if it can be read.
+    fn read(files: &files::VmFiles) -> Option<Self> {
+        let bytes = std::fs::read(files.attempt()).ok()?;
+        serde_json::from_slice(&bytes).ok()
+    }
+
     /// Stands for the attempt of a VM that lives although its file is gone.
     fn unknown(world: &World, record: &VmRecord) -> Self {
         Self {

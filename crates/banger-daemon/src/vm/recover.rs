@@ -14,9 +14,7 @@ impl Actor {
     /// Looks at what an earlier daemon left of this VM: adopts what lives, cleans up after what does not.
     pub(super) async fn recover(&mut self) {
         let path = self.files.lock();
-        let attempt = std::fs::read(self.files.attempt())
-            .ok()
-            .and_then(|bytes| serde_json::from_slice::<AttemptFile>(&bytes).ok());
+        let attempt = AttemptFile::read(&self.files);
         if !path.exists() && attempt.is_none() && !self.files.run().exists() {
             return;
         }

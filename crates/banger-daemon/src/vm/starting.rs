@@ -9,6 +9,7 @@ use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::vm::BootTimes;
 use banger_core::decide::{Deny, Request};
 use banger_core::phase::{Desired, PausedBy, Phase, StartStep, StopReason};
+use banger_vmm::lock::LockError;
 use banger_vmm::protocol::Status;
 use banger_vmm::sandbox::Applied;
 use std::process::Child;
@@ -26,6 +27,7 @@ impl Actor {
             reply_all(starters, &Err(error));
             return;
         }
+        let before = Arc::clone(&self.record);
         let wish = match self.record.desired {
             Desired::On => Wish::Stored,
             Desired::Off => {
@@ -52,6 +54,7 @@ impl Actor {
             cancel,
             steps: receiver,
             starters,
+            before,
             cancellers: Vec::new(),
             changes: Vec::new(),
             then: None,
@@ -85,6 +88,7 @@ impl Actor {
         };
         let Starting {
             starters,
+            before,
             cancellers,
             cancel,
             changes,
@@ -129,6 +133,17 @@ impl Actor {
                             .await;
                     }
                 }
+            }
+            Err(StartError {
+                step: StartStep::TakeLock,
+                error,
+                cancelled: false,
+                unstored: false,
+            }) if error.code == ErrorCode::Unreachable => {
+                // Whoever holds the lock is not of this start, and nothing of it was made.
+                self.record = before;
+                self.locked_by_another().await;
+                reply_all(starters, &Err(error));
             }
             Err(StartError {
                 step,
@@ -194,6 +209,24 @@ impl Actor {
             };
             self.publish(|_| {});
             reply_all(cancellers, &done.map(|()| self.view.borrow().clone()));
+        }
+    }
+
+    /// The lock of a VM that was thought to be stopped is held: by a VMM that was not known of, which is taken over, or
+    /// by somebody who only has its files open.
+    async fn locked_by_another(&mut self) {
+        if self.files.run().exists() {
+            let held = LockError::Held(self.files.lock());
+            let attempt = AttemptFile::read(&self.files);
+            self.recover_live(attempt, &held).await;
+        } else {
+            let why = self.record.last_stop.clone();
+            self.note(
+                "start",
+                "its lock is held by a process that is no VMM",
+                None,
+            );
+            self.publish(|view| view.phase = Phase::Stopped { why });
         }
     }
 
