@@ -233,6 +233,8 @@ impl Actor {
         }
         let pool = setup.pool;
         namespace.keeper.request(NamespaceOp::EnsureBase { pool })?;
+        // A keeper that found the ruleset of another one has loaded its own, in which nobody has anything yet.
+        namespace.look()?;
         if let Some(host) = &setup.host {
             let instance = setup.instance;
             let attach = HostOp::AttachVeth { instance, pool };
