@@ -202,8 +202,16 @@ pub fn build_kernel(
 /// Makes the initrd of the bundle in `kernel_dir` again if its `banger-init` is not the one in `init`. Says whether
 /// it did. Running VMs keep the initrd that they booted with.
 pub fn refresh_initrd(kernel_dir: &Path, init: &Path) -> Result<bool, KernelError> {
+    let has_it = |manifest: &KernelManifest| -> Result<bool, KernelError> {
+        Ok(init_digest(init)? == manifest.init_sha256 && kernel_dir.join(INITRD).exists())
+    };
+    if has_it(&read_manifest(kernel_dir)?)? {
+        return Ok(false);
+    }
+    // Several VMs may start at once: one of them makes it, and the others find it made.
+    let _alone = alone(kernel_dir).map_err(BuildError::io("lock", kernel_dir))?;
     let mut manifest = read_manifest(kernel_dir)?;
-    if init_digest(init)? == manifest.init_sha256 && kernel_dir.join(INITRD).exists() {
+    if has_it(&manifest)? {
         return Ok(false);
     }
     let path = kernel_dir.join(INITRD_BASE);
@@ -213,6 +221,13 @@ pub fn refresh_initrd(kernel_dir: &Path, init: &Path) -> Result<bool, KernelErro
     manifest.bytes = size_of(kernel_dir)?;
     write_json(&kernel_dir.join(MANIFEST), &manifest)?;
     Ok(true)
+}
+
+/// Waits until nobody else has the folder `dir` in hand.
+fn alone(dir: &Path) -> std::io::Result<std::fs::File> {
+    let folder = std::fs::File::open(dir)?;
+    folder.lock()?;
+    Ok(folder)
 }
 
 /// What tells one state of a file from another: device, inode, size, and the time of its last change in seconds and
@@ -321,6 +336,25 @@ mod tests {
         std::fs::write(&init, "one").unwrap();
         assert!(refresh_initrd(&staging, &init).unwrap());
         assert_eq!(std::fs::read(staging.join(INITRD)).unwrap(), first);
+    }
+
+    #[test]
+    fn of_many_vms_that_start_at_once_one_makes_the_initrd() {
+        let dir = tempfile::tempdir().unwrap();
+        let (kernel, init) = (dir.path().join("vmlinux"), dir.path().join("init"));
+        std::fs::write(&kernel, vmlinux::tests::elf(true)).unwrap();
+        std::fs::write(&init, "one").unwrap();
+        let staging = dir.path().join("staging");
+        let context = Context::quiet(dir.path().join("cache"));
+        build_kernel(&request(&kernel), &init, &staging, &context).unwrap();
+        std::fs::write(&init, "another").unwrap();
+        let made = std::thread::scope(|scope| {
+            let refresh = || refresh_initrd(&staging, &init).unwrap();
+            let threads: Vec<_> = (0..16).map(|_| scope.spawn(refresh)).collect();
+            let made = threads.into_iter().map(|thread| thread.join().unwrap());
+            made.filter(|made| *made).count()
+        });
+        assert_eq!(made, 1);
     }
 
     #[test]
