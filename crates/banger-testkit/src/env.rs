@@ -7,7 +7,9 @@ use rustix::process::Signal;
 use serde_json::Value;
 use std::net::Ipv4Addr;
 use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -34,6 +36,10 @@ pub struct Options {
     pub home_bytes: Option<usize>,
     /// Puts the state folder on a filesystem of so many bytes, in memory.
     pub state_bytes: Option<u64>,
+    /// Whose the world is, and who runs `banger` in it; without one, root.
+    pub user: Option<u32>,
+    /// The mode that the settings ask for.
+    pub mode: Option<&'static str>,
 }
 
 impl Default for Options {
@@ -42,6 +48,8 @@ impl Default for Options {
             vmm: Vmm::Scripted(String::new()),
             home_bytes: None,
             state_bytes: None,
+            user: None,
+            mode: None,
         }
     }
 }
@@ -60,6 +68,7 @@ pub struct TestEnv {
     /// Held as long as the world has its pool.
     _pool_taken: UnixListener,
     mounted: bool,
+    user: Option<u32>,
 }
 
 impl TestEnv {
@@ -136,6 +145,7 @@ impl TestEnv {
             pool,
             _pool_taken: taken,
             mounted: false,
+            user: options.user,
         };
         env.furnish(options, &fixtures);
         Some(env)
@@ -175,12 +185,26 @@ impl TestEnv {
         self.variables.push(("HOME".to_owned(), text(&home)));
         let path = std::env::var("PATH").unwrap_or_default();
         self.variables.push(("PATH".to_owned(), path));
+        if options.user.is_some() {
+            // The build folder may be in a place that only root enters.
+            let programs = self.folder.join("bin");
+            std::fs::create_dir(&programs).expect("the world's folder is ours");
+            for name in names(&self.libexec) {
+                link_or_copy(&self.libexec.join(&name), &programs.join(&name));
+            }
+            self.libexec = programs;
+        }
         self.variables
             .push(("BANGER_LIBEXEC".to_owned(), text(&self.libexec)));
         if let Some(bytes) = options.state_bytes {
             self.mount_state(bytes);
         }
-        let mut settings = format!("[network]\npool = \"{}/20\"\n[driver]\n", self.pool);
+        let mode = options.mode.map(|mode| format!("mode = \"{mode}\"\n"));
+        let mut settings = format!(
+            "[network]\npool = \"{}/20\"\n{}[driver]\n",
+            self.pool,
+            mode.unwrap_or_default()
+        );
         match &options.vmm {
             Vmm::Real => settings.push_str("choice = \"qemu\"\n"),
             Vmm::Missing => settings.push_str("choice = \"qemu\"\nqemu = \"/nonexistent/qemu\"\n"),
@@ -204,6 +228,9 @@ impl TestEnv {
         std::fs::write(config.join("config.toml"), settings).expect("the folder is ours");
         for store in ["images", "kernels"] {
             take_over(&fixtures.join("banger").join(store), &self.data.join(store));
+        }
+        if let Some(user) = options.user {
+            give(&self.folder, user);
         }
     }
 
@@ -292,6 +319,9 @@ impl TestEnv {
             .env_clear()
             .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .current_dir(&self.folder);
+        if let Some(user) = self.user {
+            command.uid(user).gid(user);
+        }
         command
     }
 
@@ -537,6 +567,19 @@ fn link_or_copy(from: &Path, to: &Path) {
         std::fs::copy(from, to)
             .unwrap_or_else(|error| panic!("cannot copy `{}`: {error}", from.display()));
     }
+}
+
+/// Gives all that is in `path` to `user`, but for what other worlds have as well, which nobody writes to.
+fn give(path: &Path, user: u32) {
+    let metadata = std::fs::symlink_metadata(path).expect("the world's folder is ours");
+    if metadata.is_dir() {
+        for name in names(path) {
+            give(&path.join(name), user);
+        }
+    } else if metadata.nlink() > 1 {
+        return;
+    }
+    std::os::unix::fs::lchown(path, Some(user), Some(user)).expect("root gives files away");
 }
 
 /// Brings a store of images or kernels into a world.

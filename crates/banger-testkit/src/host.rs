@@ -26,7 +26,7 @@ pub struct Host {
     pub addresses: Vec<String>,
     /// Routes of the host that lead into the pool.
     pub routes: Vec<String>,
-    /// Network namespaces of the processes, other than the host's.
+    /// Network namespaces of the processes, other than the calling thread's, which plays the host.
     pub namespaces: BTreeSet<String>,
     /// Mounts below the world's folder.
     pub mounts: Vec<String>,
@@ -39,7 +39,7 @@ impl Host {
     /// `ip` or `/proc` cannot be read.
     pub fn look(folder: &Path, pool: Ipv4Addr, veth: Option<&str>) -> Self {
         let processes = processes(folder);
-        let own = std::fs::read_link("/proc/self/ns/net").ok();
+        let own = std::fs::read_link("/proc/thread-self/ns/net").ok();
         let namespaces = processes
             .iter()
             .filter_map(|process| network_namespace(process.pid))
@@ -85,7 +85,7 @@ impl Host {
 
     /// Holds open the network namespaces of the processes.
     pub fn hold_namespaces(&self) -> Vec<HeldNamespace> {
-        let own = std::fs::read_link("/proc/self/ns/net").ok();
+        let own = std::fs::read_link("/proc/thread-self/ns/net").ok();
         let held = self.processes.iter().filter_map(|process| {
             let open = File::open(format!("/proc/{}/ns/net", process.pid)).ok()?;
             let name = network_namespace(process.pid)?;
@@ -131,7 +131,7 @@ impl HeldNamespace {
         // Also children of this process that are about to become another program: they have copies for a moment.
         let program = |pid: &str| std::fs::read_link(format!("/proc/{pid}/exe")).ok();
         let own = program("self");
-        let mounted = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let mounted = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default();
         mounted.contains(&self.name.display().to_string())
             || pids().into_iter().any(|pid| {
                 program(&pid.to_string()) != own
@@ -250,7 +250,7 @@ fn belongs(pid: i32, folder: &Path, text: &str) -> bool {
 }
 
 fn mounts(folder: &Path) -> Vec<String> {
-    let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let text = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default();
     text.lines()
         .filter_map(|line| line.split(' ').nth(4))
         .filter(|point| Path::new(point).starts_with(folder))
