@@ -1,6 +1,6 @@
 //! Everything that can be checked without running banger. All of it runs, also after a failure.
 
-use crate::command::{cargo, find, run};
+use crate::command::{capture, cargo, run};
 use crate::failure::{Failure, Result};
 use crate::layout::root;
 
@@ -42,27 +42,66 @@ pub(crate) fn check() -> Result<()> {
         ],
         &[("RUSTDOCFLAGS", "-D warnings")],
     );
-    let mut not_run = Vec::new();
-    if find("cargo-deny").is_some() {
+    let mut not_run = vec![(
+        "advisories",
+        "their database is fetched from the network (cargo deny check advisories)",
+    )];
+    if has_deny() {
         attempt(
-            "licences",
-            &["deny", "check", "bans", "licenses", "sources"],
+            "licences, bans and sources",
+            &["deny", "--locked", "check", "licenses", "bans", "sources"],
             &[],
         );
     } else {
-        not_run
-            .push("licences, sources and bans: no cargo-deny (cargo install --locked cargo-deny)");
+        not_run.push((
+            "licences, bans and sources",
+            "no cargo-deny (cargo install --locked cargo-deny)",
+        ));
     }
-    not_run.push(
-        "advisories: their database is fetched from the network (cargo deny check advisories)",
-    );
-    for what in &not_run {
-        eprintln!("SKIPPED: check: {what}");
+    for (what, why) in &not_run {
+        eprintln!("SKIPPED: check: {what}: {why}");
     }
+    let not_run: Vec<&str> = not_run.iter().map(|(what, _)| *what).collect();
+    let verdict = verdict(&failed, &not_run);
     if failed.is_empty() {
-        println!("checked, except for {} above", not_run.len());
+        println!("{verdict}");
         Ok(())
     } else {
-        Err(Failure::new(format!("not in order: {}", failed.join(", "))))
+        Err(Failure::new(verdict))
+    }
+}
+
+/// Whether `cargo deny` runs. Cargo also finds it in its own folder of programs, which may not be on PATH.
+fn has_deny() -> bool {
+    capture(cargo().args(["deny", "--version"])).is_ok_and(|captured| captured.success)
+}
+
+/// The last line that is shown, so that nobody takes what was not run for checked.
+fn verdict(failed: &[&str], not_run: &[&str]) -> String {
+    let not_run = not_run.join("; ");
+    if failed.is_empty() {
+        format!("in order; NOT CHECKED: {not_run}")
+    } else {
+        format!(
+            "not in order: {}; NOT CHECKED: {not_run}",
+            failed.join(", ")
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_line_names_what_was_not_run() {
+        assert_eq!(
+            verdict(&[], &["advisories", "licences"]),
+            "in order; NOT CHECKED: advisories; licences"
+        );
+        assert_eq!(
+            verdict(&["lints"], &["advisories"]),
+            "not in order: lints; NOT CHECKED: advisories"
+        );
     }
 }
