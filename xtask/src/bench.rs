@@ -4,6 +4,7 @@
 //! | --- | --- | --- |
 //! | `version` | `banger --version` | `/bin/true` |
 //! | `start` | `banger vm start`, which returns when QEMU has answered its first QMP command | the identical QEMU command by itself, until it has answered that |
+//! | `create` | a VM over an image of 20 GiB | the same over one of 2 GiB |
 //! | `list` | `banger vm list` with 1,000 VMs | `curl --unix-socket` of the same bytes |
 //! | `memory` | PSS of the daemon and of a shim | |
 //! | `syncs` | waits for the disk before the answer | |
@@ -12,6 +13,7 @@
 
 mod bare;
 mod boot;
+mod create;
 mod debian;
 mod dns;
 mod home;
@@ -42,7 +44,7 @@ struct Bench {
     run: fn(&Path) -> Result<Vec<Row>>,
 }
 
-const BENCHES: [Bench; 7] = [
+const BENCHES: [Bench; 8] = [
     Bench {
         name: "version",
         run: version,
@@ -50,6 +52,10 @@ const BENCHES: [Bench; 7] = [
     Bench {
         name: "start",
         run: start::run,
+    },
+    Bench {
+        name: "create",
+        run: create::run,
     },
     Bench {
         name: "list",

@@ -71,6 +71,18 @@ impl Home {
         self.folder.join("data/banger")
     }
 
+    /// The folder of the one image that the home has.
+    pub(super) fn only_image(&self) -> Result<PathBuf> {
+        let images = self.data().join("images");
+        let mut folders = std::fs::read_dir(&images)
+            .map_err(Failure::io(format!("cannot list `{}`", images.display())))?
+            .flatten()
+            .map(|entry| entry.path());
+        folders
+            .next()
+            .ok_or_else(|| Failure::new(format!("`{}` holds no image", images.display())))
+    }
+
     /// A folder for what the bench itself needs.
     pub(super) fn scratch(&self, name: &str) -> Result<PathBuf> {
         let folder = self.folder.join(name);
