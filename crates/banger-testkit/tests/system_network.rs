@@ -34,6 +34,13 @@ fn as_root_a_guest_reaches_what_was_opened_to_it_and_nothing_else() {
 
 #[test]
 #[ignore = "system test"]
+fn with_the_helper_a_guest_reaches_what_was_opened_to_it_and_nothing_else() {
+    const TEST: &str = "with_the_helper_a_guest_reaches_what_was_opened_to_it_and_nothing_else";
+    tell("helper", TEST);
+}
+
+#[test]
+#[ignore = "system test"]
 fn without_root_a_guest_reaches_what_was_opened_to_it_and_nothing_else() {
     const TEST: &str = "without_root_a_guest_reaches_what_was_opened_to_it_and_nothing_else";
     tell("rootless", TEST);
@@ -57,7 +64,7 @@ fn tell(mode: &'static str, test: &'static str) {
     }
     network::on_a_machine(move |machine| {
         let before = machine.state();
-        let Some(world) = World::new(machine, mode, test) else {
+        let Some(mut world) = World::new(machine, mode, test) else {
             return;
         };
         world.nothing_is_open_at_first();
@@ -68,13 +75,10 @@ fn tell(mode: &'static str, test: &'static str) {
         world.joined_guests_reach_each_other_until_one_leaves();
         world.a_published_port_leads_into_the_guest_while_it_runs();
         world.env.ok(&["daemon", "stop", "--vms"]);
-        // What holds an ordinary user's way out ends with it, on its own.
+        drop(world.helper.take());
+        // What holds an ordinary user's way out ends by itself, after the keeper.
         eventually("all have ended", || {
-            let left = world.env.host().processes;
-            let helper = ["banger-helper".to_owned()];
-            left.iter()
-                .all(|process| helper.contains(&process.program))
-                .then_some(())
+            world.env.host().processes.is_empty().then_some(())
         });
         drop(world);
         let after = machine.state();
@@ -93,11 +97,14 @@ struct World<'a> {
     fox: Ipv4Addr,
     owl: Ipv4Addr,
     gateway: Ipv4Addr,
-    _helper: Option<Helper>,
+    helper: Option<Helper>,
 }
 
 /// `banger-helper`, as its unit would have started it.
-struct Helper(std::process::Child);
+struct Helper {
+    child: std::process::Child,
+    log: std::path::PathBuf,
+}
 
 impl Helper {
     fn start(env: &TestEnv) -> Self {
@@ -106,8 +113,15 @@ impl Helper {
             reason = "tests run the project's own programs"
         )]
         let mut command = std::process::Command::new(env.libexec().join("banger-helper"));
-        command.args(["--listen", HELPER]);
-        let helper = Self(command.spawn().unwrap());
+        let log = env.folder().join("helper.log");
+        let child = command
+            .args(["--listen", HELPER])
+            .stderr(std::fs::File::create(&log).unwrap())
+            .spawn();
+        let helper = Self {
+            child: child.unwrap(),
+            log,
+        };
         eventually("the helper listens", || {
             use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, connect, socket};
             let socket = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
@@ -119,8 +133,12 @@ impl Helper {
 
 impl Drop for Helper {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+            eprintln!("the helper's log:\n{log}");
+        }
     }
 }
 
@@ -152,7 +170,7 @@ impl<'a> World<'a> {
             fox,
             owl,
             gateway: Ipv4Addr::new(a, b, c, 1),
-            _helper: helper,
+            helper,
         };
         assert_eq!(world.status()["mode"], mode);
         Some(world)
