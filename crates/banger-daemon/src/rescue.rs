@@ -8,6 +8,7 @@ use crate::record::{VM_FILE, VmRecord};
 use crate::store::{Rows, Store, StoreError};
 use banger_api::paths::Paths;
 use banger_core::id::{ImageId, KernelId, VmId};
+use banger_core::name::VmName;
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
@@ -44,6 +45,7 @@ async fn reconcile_vms(
 ) -> Result<Vec<VmRecord>, StoreError> {
     let mut records: HashMap<VmId, VmRecord> =
         rows.into_iter().map(|record| (record.id, record)).collect();
+    let mut newer = Vec::new();
     let mut rescued = Vec::new();
     for name in names(&paths.vms()) {
         let folder = paths.vms().join(&name);
@@ -87,8 +89,7 @@ async fn reconcile_vms(
                     "VM `{}`: its folder knew more than the database",
                     mirror.name
                 ));
-                store.update_vm(mirror.clone()).await?;
-                records.insert(id, mirror);
+                newer.push(mirror);
             }
             (Ok(_), Some(_)) => {}
             (Ok(mirror), None) => rescued.push(mirror),
@@ -129,51 +130,55 @@ async fn reconcile_vms(
             }
         }
     }
-    rescue_vms(store, rescued, &mut records, notices).await?;
+    // All names together: what the folders know may be a swap, or a name that was given to another VM since.
+    for record in &newer {
+        records.remove(&record.id);
+    }
+    let mut taken = records
+        .values()
+        .filter(|record| holds_name(record))
+        .map(|record| record.name.clone())
+        .collect();
+    number_names(&mut taken, &mut newer, notices);
+    number_names(&mut taken, &mut rescued, notices);
+    store.update_vms(newer.clone()).await?;
+    for record in rescued {
+        notices.push(format!("VM `{}` was rebuilt from its folder", record.name));
+        store.insert_vm(record.clone()).await?;
+        records.insert(record.id, record);
+    }
+    records.extend(newer.into_iter().map(|record| (record.id, record)));
     let mut records: Vec<VmRecord> = records.into_values().collect();
     records.sort_by_key(|record| record.id);
     Ok(records)
 }
 
-/// Gives rows to VMs that have only a folder. A name that is taken by now gets a number.
-async fn rescue_vms(
-    store: &Store,
-    mut rescued: Vec<VmRecord>,
-    records: &mut HashMap<VmId, VmRecord>,
-    notices: &mut Vec<String>,
-) -> Result<(), StoreError> {
-    rescued.sort_by_key(|record| record.id);
-    let mut taken: HashSet<_> = records
-        .values()
-        .filter(|record| record.trashed_at.is_none())
-        .map(|record| record.name.clone())
-        .collect();
-    for mut record in rescued {
-        if record.trashed_at.is_none() && !taken.insert(record.name.clone()) {
-            let free = (2u64..).find_map(|number| {
-                let name = format!(
-                    "{}-{number}",
-                    record.name.as_str().chars().take(50).collect::<String>()
-                );
-                banger_core::name::VmName::new(name)
-                    .ok()
-                    .filter(|name| !taken.contains(name))
-            });
-            if let Some(free) = free {
-                notices.push(format!(
-                    "VM `{}` is now called `{free}`: the name was taken",
-                    record.name
-                ));
-                taken.insert(free.clone());
-                record.name = free;
-                record.record_version += 1;
-            }
+fn holds_name(record: &VmRecord) -> bool {
+    record.trashed_at.is_none() && !record.purging
+}
+
+/// Gives a number to each name that is `taken`, and takes the rest.
+fn number_names(taken: &mut HashSet<VmName>, records: &mut [VmRecord], notices: &mut Vec<String>) {
+    records.sort_by_key(|record| record.id);
+    for record in records.iter_mut().filter(|record| holds_name(record)) {
+        if taken.insert(record.name.clone()) {
+            continue;
         }
-        notices.push(format!("VM `{}` was rebuilt from its folder", record.name));
-        store.insert_vm(record.clone()).await?;
-        records.insert(record.id, record);
+        let short: String = record.name.as_str().chars().take(50).collect();
+        let free = (2u64..).find_map(|number| {
+            let name = VmName::new(format!("{short}-{number}")).ok();
+            name.filter(|name| !taken.contains(name))
+        });
+        if let Some(free) = free {
+            notices.push(format!(
+                "VM `{}` is now called `{free}`: the name was taken",
+                record.name
+            ));
+            taken.insert(free.clone());
+            record.name = free;
+            record.record_version += 1;
+        }
     }
-    Ok(())
 }
 
 /// Removes unfinished builds and answers the ids of finished folders without a row.

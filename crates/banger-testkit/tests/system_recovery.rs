@@ -129,6 +129,53 @@ fn an_old_database_put_back_loses_no_vm_and_no_change() {
 
 #[test]
 #[ignore = "system test"]
+fn names_that_moved_since_an_old_database_are_given_back_whole() {
+    let test = "names_that_moved_since_an_old_database_are_given_back_whole";
+    let Some(env) = TestEnv::scripted(test, "") else {
+        return;
+    };
+    let create = |name| {
+        env.json(&[
+            "vm",
+            "create",
+            "--name",
+            name,
+            "--image",
+            "tiny",
+            "--no-start",
+        ])
+    };
+    let ids = ["ant", "bee", "cat"].map(|name| create(name)["id"].clone());
+    env.ok(&["daemon", "stop"]);
+    let old = std::fs::read(env.database()).unwrap();
+    // Two swap their names, and one name goes to a VM that the old database does not know.
+    for [from, to] in [["ant", "x"], ["bee", "ant"], ["x", "bee"], ["cat", "dog"]] {
+        env.ok(&["vm", "set", from, "--name", to]);
+    }
+    let new = create("cat")["id"].clone();
+    env.ok(&["daemon", "stop"]);
+    std::fs::write(env.database(), &old).unwrap();
+
+    let names = |env: &TestEnv| {
+        [&ids[0], &ids[1], &ids[2], &new].map(|id| {
+            let vm = env.vms().into_iter().find(|vm| vm["id"] == *id);
+            vm.unwrap()["name"].as_str().unwrap().to_owned()
+        })
+    };
+    assert_eq!(names(&env), ["bee", "ant", "dog", "cat"]);
+
+    // A folder that lost its mirror leaves the row, whose name another VM has by now.
+    env.ok(&["daemon", "stop"]);
+    std::fs::write(env.database(), &old).unwrap();
+    let mirror = env.vm_folder(ids[0].as_str().unwrap()).join("vm.json");
+    std::fs::remove_file(mirror).unwrap();
+    assert_eq!(names(&env), ["ant", "ant-2", "dog", "cat"]);
+    env.ok(&["daemon", "stop"]);
+    assert_eq!(names(&env), ["ant", "ant-2", "dog", "cat"]);
+}
+
+#[test]
+#[ignore = "system test"]
 fn a_disk_that_is_gone_is_named_and_nothing_is_made_in_its_place() {
     let test = "a_disk_that_is_gone_is_named_and_nothing_is_made_in_its_place";
     let Some(env) = TestEnv::scripted(test, "") else {

@@ -174,6 +174,11 @@ impl Store {
         self.run(move |thread| thread.update_vm(&record)).await
     }
 
+    /// Replaces the rows of several VMs at once, which may have swapped names; durable when this returns.
+    pub(crate) async fn update_vms(&self, records: Vec<VmRecord>) -> Result<(), StoreError> {
+        self.run(move |thread| thread.update_vms(&records)).await
+    }
+
     /// Removes a VM's row and journal.
     pub(crate) async fn delete_vm(&self, id: VmId) -> Result<(), StoreError> {
         self.run(move |thread| thread.delete_vm(id)).await

@@ -7,6 +7,8 @@ use rusqlite::{Connection, params};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+const UPDATE_VM: &str = "UPDATE vm SET name = ?2, trashed = ?3, record = ?4 WHERE id = ?1";
+
 impl Thread {
     pub(super) fn sql(
         &self,
@@ -52,11 +54,19 @@ impl Thread {
     }
 
     fn put_vm(&self, statement: &str, record: &VmRecord) -> Result<(), StoreError> {
+        self.put_vm_by(&self.durable, statement, record)
+    }
+
+    fn put_vm_by(
+        &self,
+        connection: &Connection,
+        statement: &str,
+        record: &VmRecord,
+    ) -> Result<(), StoreError> {
         let json = self.to_json(record)?;
         let trashed = record.trashed_at.is_some() || record.purging;
         let values = params![record.id.to_string(), record.name.as_str(), trashed, json];
-        match self
-            .durable
+        match connection
             .prepare_cached(statement)
             .and_then(|mut statement| statement.execute(values))
         {
@@ -74,10 +84,23 @@ impl Thread {
     }
 
     pub(super) fn update_vm(&self, record: &VmRecord) -> Result<(), StoreError> {
-        self.put_vm(
-            "UPDATE vm SET name = ?2, trashed = ?3, record = ?4 WHERE id = ?1",
-            record,
-        )
+        self.put_vm(UPDATE_VM, record)
+    }
+
+    pub(super) fn update_vms(&self, records: &[VmRecord]) -> Result<(), StoreError> {
+        let sql = self.sql("written");
+        let transaction = self.durable.unchecked_transaction().map_err(&sql)?;
+        // No name is in another's way meanwhile: a slash is in none.
+        for record in records {
+            let parked = "UPDATE vm SET name = '/' || id WHERE id = ?1";
+            transaction
+                .execute(parked, [record.id.to_string()])
+                .map_err(&sql)?;
+        }
+        for record in records {
+            self.put_vm_by(&transaction, UPDATE_VM, record)?;
+        }
+        transaction.commit().map_err(sql)
     }
 
     pub(super) fn delete_vm(&mut self, id: VmId) -> Result<(), StoreError> {
