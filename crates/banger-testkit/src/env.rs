@@ -303,6 +303,22 @@ impl TestEnv {
         self.state.join("vms").join(id)
     }
 
+    /// Changes the record in a VM's folder, as a daemon would that could not write its database any more: the next one
+    /// believes it.
+    ///
+    /// # Panics
+    /// There is no record, or it cannot be written.
+    pub fn edit_mirror(&self, id: &str, edit: impl FnOnce(&mut Value)) {
+        let path = self.vm_folder(id).join("vm.json");
+        let bytes = std::fs::read(&path).expect("the mirror is there");
+        let mut file: Value = serde_json::from_slice(&bytes).expect("the mirror is JSON");
+        let record = &mut file["meta"];
+        edit(record);
+        let version = record["record_version"].as_u64().expect("a version");
+        record["record_version"] = (version + 1000).into();
+        std::fs::write(&path, file.to_string()).expect("the mirror can be written");
+    }
+
     /// The names in the folder of VMs, sorted.
     pub fn vm_folders(&self) -> Vec<String> {
         names(&self.state.join("vms"))

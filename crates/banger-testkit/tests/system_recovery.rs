@@ -176,6 +176,49 @@ fn names_that_moved_since_an_old_database_are_given_back_whole() {
 
 #[test]
 #[ignore = "system test"]
+fn a_paused_vm_that_was_to_stop_goes_on_and_is_asked() {
+    let Some(env) = TestEnv::scripted("a_paused_vm_that_was_to_stop_goes_on_and_is_asked", "")
+    else {
+        return;
+    };
+    let vm = otter(&env);
+    env.ok(&["vm", "pause", "otter"]);
+    env.ok(&["daemon", "stop"]);
+    env.edit_mirror(vm["id"].as_str().unwrap(), |record| {
+        record["desired"] = "off".into();
+    });
+    let stopped = env.vm_becomes("otter", "stopped", |vm| vm["phase"]["state"] == "stopped");
+    assert_eq!(stopped["phase"]["why"]["reason"], "asked");
+}
+
+#[test]
+#[ignore = "system test"]
+fn a_run_whose_file_was_torn_by_a_power_cut_is_told() {
+    let Some(env) = TestEnv::scripted("a_run_whose_file_was_torn_by_a_power_cut_is_told", "")
+    else {
+        return;
+    };
+    let vm = otter(&env);
+    env.kill_daemon();
+    for which in ["shim_pid", "vmm_pid"] {
+        let pid = i32::try_from(vm["attempt"][which].as_i64().unwrap()).unwrap();
+        kill(pid);
+        assert!(wait_exit(pid, LIMIT));
+    }
+    let run = env.vm_folder(vm["id"].as_str().unwrap()).join("run");
+    std::fs::write(run.join("attempt.json"), "").unwrap();
+    let stopped = env.vm("otter");
+    assert_eq!(stopped["phase"]["state"], "stopped");
+    assert_eq!(stopped["phase"]["why"]["reason"], "unknown");
+    let why = env.ok(&["vm", "why", "otter"]);
+    assert!(why.contains("attempt.json"), "{why}");
+    assert!(!run.exists());
+    env.ok(&["vm", "start", "otter"]);
+    env.ok(&["vm", "delete", "--force", "--purge", "otter"]);
+}
+
+#[test]
+#[ignore = "system test"]
 fn a_disk_that_is_gone_is_named_and_nothing_is_made_in_its_place() {
     let test = "a_disk_that_is_gone_is_named_and_nothing_is_made_in_its_place";
     let Some(env) = TestEnv::scripted(test, "") else {

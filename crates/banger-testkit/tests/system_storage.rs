@@ -48,6 +48,7 @@ fn a_vm_that_fills_the_host_waits_for_room_and_one_that_does_not_runs_on() {
         "vm", "create", "--wait", "--image", "tiny", "--name", "otter",
     ];
     env.ok(&create);
+    let vm = env.vm("otter");
 
     // Somebody else fills the host: nobody is paused for that.
     let filler = File::create(env.state().join("filler")).unwrap();
@@ -81,12 +82,19 @@ fn a_vm_that_fills_the_host_waits_for_room_and_one_that_does_not_runs_on() {
     env.ok(&["daemon", "stop"]);
     assert!(is(&env, "paused", "full-disk"));
 
+    // A wish that it stops, which an earlier daemon stored last of all, waits until it can follow.
+    env.ok(&["daemon", "stop"]);
+    env.edit_mirror(vm["id"].as_str().unwrap(), |record| {
+        record["desired"] = "off".into();
+    });
+    assert!(is(&env, "paused", "full-disk"));
+
     drop(filler);
     std::fs::remove_file(env.state().join("filler")).unwrap();
-    eventually("it goes on by itself", || {
-        is(&env, "running", "").then_some(())
-    });
-    env.ok(&["vm", "stop", "otter"]);
+    let stopped = env.vm_becomes("otter", "stopped", |vm| vm["phase"]["state"] == "stopped");
+    assert_eq!(stopped["phase"]["why"]["reason"], "asked");
+    let why = env.ok(&["vm", "why", "otter"]);
+    assert!(why.contains("the host has room again"), "{why}");
     env.ok(&["vm", "delete", "--purge", "otter"]);
 }
 

@@ -328,7 +328,7 @@ impl Actor {
         }
     }
 
-    async fn request(&mut self, message: Message) {
+    pub(super) async fn request(&mut self, message: Message) {
         let Message { ask, reply } = message;
         let phase = self.view.borrow().phase.clone();
         let trashed = self.record.trashed_at.is_some();
@@ -432,6 +432,7 @@ impl Actor {
                     return answer_to(reply, Err(error));
                 }
                 let done = self.command(Verb::Resume).await;
+                let goes_on = done.is_ok();
                 let ready = self.is_ready();
                 self.paused(
                     done,
@@ -441,6 +442,10 @@ impl Actor {
                     },
                     reply,
                 );
+                if goes_on && self.record.desired == Desired::Off {
+                    self.note("stop", "it was to stop: asking again", None);
+                    self.stop(Ask::STOP_TIMEOUT, Vec::new(), Vec::new()).await;
+                }
             }
             Action::Set => self.set(&ask, reply).await,
             Action::SetAfterStart => match &mut self.run {

@@ -164,13 +164,7 @@ pub(crate) struct AttemptFile {
 }
 
 impl AttemptFile {
-    /// The attempt that the VM's run folder tells of, if it can be read.
-    fn read(files: &files::VmFiles) -> Option<Self> {
-        let bytes = std::fs::read(files.attempt()).ok()?;
-        serde_json::from_slice(&bytes).ok()
-    }
-
-    /// Stands for the attempt of a VM that lives although its file is gone.
+    /// Stands for an attempt whose file is gone or cannot be read.
     fn unknown(world: &World, record: &VmRecord) -> Self {
         Self {
             attempt: String::new(),
@@ -182,6 +176,10 @@ impl AttemptFile {
             started_at: Timestamp::now(),
             lead_ms: 0,
         }
+    }
+
+    fn is_known(&self) -> bool {
+        !self.attempt.is_empty()
     }
 
     fn to_api(&self) -> Attempt {

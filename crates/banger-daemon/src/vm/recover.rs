@@ -4,17 +4,19 @@ use super::actor::{Actor, Live, Run};
 use super::link::Link;
 use super::stop_reason::{Intent, reason};
 use super::teardown::{close_storage, release_port, sync_disks};
-use super::{Ask, AttemptFile};
+use super::{Ask, AttemptFile, Message};
+use banger_core::decide::Request;
 use banger_core::phase::{Desired, StopReason};
 use banger_vmm::exit;
 use banger_vmm::lock::{LockError, try_lock};
 use banger_vmm::protocol::Status;
+use tokio::sync::oneshot;
 
 impl Actor {
     /// Looks at what an earlier daemon left of this VM: adopts what lives, cleans up after what does not.
     pub(super) async fn recover(&mut self) {
         let path = self.files.lock();
-        let attempt = AttemptFile::read(&self.files);
+        let attempt = self.left_attempt();
         if !path.exists() && attempt.is_none() && !self.files.run().exists() {
             return;
         }
@@ -26,6 +28,23 @@ impl Actor {
             }
             Ok(Err(error)) => self.recover_live(attempt, &error).await,
             Err(error) => tracing::error!(vm = %self.record.id, %error, "trying the lock panicked"),
+        }
+    }
+
+    /// The attempt that an earlier daemon left. A file that cannot be read, which a power cut may leave, stands for one
+    /// that nobody knows: the VM may have run. Without the file nothing was started, or all was recorded.
+    pub(super) fn left_attempt(&self) -> Option<AttemptFile> {
+        let path = self.files.attempt();
+        let read = std::fs::read(&path)
+            .and_then(|bytes| serde_json::from_slice(&bytes).map_err(std::io::Error::from));
+        match read {
+            Ok(attempt) => Some(attempt),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+            Err(error) => {
+                let text = format!("`{}` cannot be read: {error}", path.display());
+                self.note("recover", text, None);
+                Some(AttemptFile::unknown(&self.world, &self.record))
+            }
         }
     }
 
@@ -62,8 +81,20 @@ impl Actor {
             self.note("network", why, None);
         }
         if self.record.desired == Desired::Off {
-            self.note("recover", "it was to stop: asking again", None);
-            self.stop(Ask::STOP_TIMEOUT, Vec::new(), Vec::new()).await;
+            self.stop_after_all().await;
+        }
+    }
+
+    /// Asks a VM again that was to stop, if the decision table lets a person do so now. One that waits for room on
+    /// the disk is asked when it goes on.
+    async fn stop_after_all(&mut self) {
+        self.note("recover", "it was to stop: asking again", None);
+        let (reply, mut answer) = oneshot::channel();
+        let ask = Ask::new(Request::Stop);
+        // It waits for no guest.
+        self.request(Message { ask, reply }).await;
+        if let Ok(Err(refused)) = answer.try_recv() {
+            self.note("recover", refused.message, None);
         }
     }
 
@@ -77,9 +108,9 @@ impl Actor {
     }
 
     pub(super) async fn recover_dead(&mut self, attempt: Option<AttemptFile>) {
-        let known = attempt
-            .as_ref()
-            .is_none_or(|attempt| self.record.last_attempt.as_ref() == Some(&attempt.attempt));
+        let known = attempt.as_ref().is_none_or(|attempt| {
+            attempt.is_known() && self.record.last_attempt.as_ref() == Some(&attempt.attempt)
+        });
         if let (Some(attempt), false) = (attempt, known) {
             let exit = exit::read(&self.files.exit())
                 .ok()

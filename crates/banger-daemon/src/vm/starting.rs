@@ -217,7 +217,7 @@ impl Actor {
     async fn locked_by_another(&mut self) {
         if self.files.run().exists() {
             let held = LockError::Held(self.files.lock());
-            let attempt = AttemptFile::read(&self.files);
+            let attempt = self.left_attempt();
             self.recover_live(attempt, &held).await;
         } else {
             let why = self.record.last_stop.clone();
