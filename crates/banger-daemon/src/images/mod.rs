@@ -86,6 +86,11 @@ impl Images {
         self.catalog.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Finds an image by name, id or prefix.
+    pub(crate) fn find_image(&self, query: &str) -> Result<ImageRecord, ErrorBody> {
+        self.catalog().image(query).cloned()
+    }
+
     /// Finds an image by name, id or prefix, and pins it for `vm`.
     pub(crate) fn pin_image(&self, query: &str, vm: VmId) -> Result<ImageRecord, ErrorBody> {
         let mut catalog = self.catalog();
@@ -119,8 +124,13 @@ impl Images {
 
     /// Makes these all that `vm` pins.
     pub(crate) fn repin(&self, image: ImageId, kernel: KernelId, vm: VmId) {
-        self.unpin(vm);
-        self.pin_known(image, kernel, vm);
+        let mut catalog = self.catalog();
+        for pins in catalog.pins.values_mut() {
+            pins.remove(&vm);
+        }
+        for used in [image.as_uuid(), kernel.as_uuid()] {
+            catalog.pins.entry(used).or_default().insert(vm);
+        }
     }
 
     /// Forgets all pins of `vm`.

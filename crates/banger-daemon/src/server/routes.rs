@@ -265,19 +265,13 @@ async fn set_vm(call: Call<SetVm>) -> Result<Vm, ErrorBody> {
         );
     }
     let handle = call.app.registry.find(call.parameter("vm"))?;
-    let images = &call.app.world.images;
     let image = match &request.image {
-        Some(query) => Some(images.pin_image(query, handle.id)?),
+        Some(query) => Some(call.app.world.images.find_image(query)?),
         None => None,
     };
-    let changed = match convert::change(request, image) {
-        Ok(change) => call.app.registry.change(&handle, change).await,
-        Err(error) => Err(error),
-    };
-    // Whatever became of it: what its record names is pinned, and nothing else.
-    let spec = &handle.latest().record.spec;
-    images.repin(spec.image, spec.kernel, handle.id);
-    Ok(convert::vm(&call.app.world, &changed?))
+    let change = convert::change(request, image)?;
+    let view = call.app.registry.change(&handle, change).await?;
+    Ok(convert::vm(&call.app.world, &view))
 }
 
 async fn delete_vm(call: Call<DeleteVm>) -> Result<Vm, ErrorBody> {

@@ -45,12 +45,7 @@ impl Actor {
         if let Some(image) = &change.image
             && image.manifest.id != self.record.spec.image
         {
-            self.reset(None, Some(image.clone())).await?;
-            self.world.images.repin(
-                self.record.spec.image,
-                self.record.spec.kernel,
-                self.record.id,
-            );
+            self.change_image(image).await?;
         }
         if let Some(bytes) = change.disk_bytes
             && Some(bytes) != self.record.spec.disk_bytes
@@ -102,6 +97,18 @@ impl Actor {
         }
         self.publish(|_| {});
         Ok(())
+    }
+
+    /// Pins the image, unless it is gone by now, and throws the overlay of the old one away. The VM's requests come one
+    /// by one, so what its record names afterwards is all that it pins.
+    async fn change_image(&mut self, image: &ImageRecord) -> Result<(), ErrorBody> {
+        let images = &self.world.images;
+        let image = images.pin_image(&image.manifest.id.to_string(), self.record.id)?;
+        let done = self.reset(None, Some(image)).await;
+        let spec = &self.record.spec;
+        let images = &self.world.images;
+        images.repin(spec.image, spec.kernel, self.record.id);
+        done
     }
 
     /// Throws the overlay away: first the promise, then the layer. What a crash leaves is done before the next start.

@@ -58,7 +58,7 @@ pub(crate) struct Change {
     pub(crate) patch: VmSpecPatch,
     /// Another name; whoever asks has made sure that it is free.
     pub(crate) name: Option<VmName>,
-    /// Another image, pinned for the VM already; its overlay is thrown away.
+    /// Another image, which the VM's actor pins; its overlay is thrown away.
     pub(crate) image: Option<ImageRecord>,
     /// A larger work disk.
     pub(crate) disk_bytes: Option<DiskBytes>,
