@@ -90,6 +90,11 @@ fn patch(request: &SetVm) -> Result<VmSpecPatch, ErrorBody> {
     })
 }
 
+/// Nothing is begun any more.
+pub(crate) fn going_down() -> ErrorBody {
+    ErrorBody::new(ErrorCode::ShuttingDown, "the daemon is going down").hint("repeat the command")
+}
+
 /// A refusal on the wire: what stands in the way, and the verb that helps.
 pub(crate) fn denied(name: &VmName, deny: Deny, request: Request) -> ErrorBody {
     let verb = request.verb();

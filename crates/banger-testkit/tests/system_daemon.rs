@@ -422,6 +422,28 @@ fn stopping_the_daemon_stops_vms_only_if_asked() {
 
 #[test]
 #[ignore = "system test"]
+fn a_daemon_whose_stop_was_given_up_starts_vms_again() {
+    let test = "a_daemon_whose_stop_was_given_up_starts_vms_again";
+    let Some(env) = TestEnv::scripted(test, r#"{"ignore_powerdown": true}"#) else {
+        return;
+    };
+    create(&env, "otter");
+    create_stopped(&env, "fox");
+    let mut stop = env.command("banger");
+    let mut stop = stop.args(["daemon", "stop", "--vms"]).spawn().unwrap();
+    env.vm_becomes("otter", "stopping", |vm| state(vm) == "stopping");
+    assert_refused(&env.banger(&["vm", "start", "fox"]), 3, "going down");
+    stop.kill().unwrap();
+    stop.wait().unwrap();
+    eventually("it starts VMs", || {
+        (env.banger(&["vm", "start", "fox"]).status == 0).then_some(())
+    });
+    env.ok(&["vm", "delete", "--force", "--purge", "fox"]);
+    env.ok(&["vm", "delete", "--force", "--purge", "otter"]);
+}
+
+#[test]
+#[ignore = "system test"]
 fn a_socket_that_was_removed_is_made_again() {
     let Some(env) = TestEnv::scripted("a_socket_that_was_removed_is_made_again", "") else {
         return;

@@ -3,7 +3,8 @@
 use super::streams;
 use super::{App, Call, json_route, raw_route};
 use crate::convert;
-use crate::vm::{Answer, Ask};
+use crate::vm::{Answer, Ask, Handle};
+use crate::world::World;
 use crate::{doctor, images, install};
 use axum::Router;
 use banger_api::daemon::{DaemonStatus, StopDaemon};
@@ -16,6 +17,7 @@ use banger_api::vm::{
 };
 use banger_core::decide::Request;
 use banger_core::phase::Phase;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use uuid::Uuid;
@@ -135,35 +137,60 @@ async fn daemon(call: Call<Nothing>) -> Result<DaemonStatus, ErrorBody> {
     })
 }
 
-async fn stop_daemon(call: Call<StopDaemon>) -> Result<Nothing, ErrorBody> {
-    if call.request.vms {
-        // A VM that started now would be missed.
-        call.app.world.draining.store(true, Ordering::Relaxed);
-        let live = call
-            .app
-            .registry
-            .list(false)
-            .into_iter()
-            .filter(|handle| handle.view.borrow().phase.is_live());
-        let stops: Vec<_> = live
-            .map(|handle| {
-                tokio::spawn(async move {
-                    let reachable = handle.ask(Ask::new(Request::Stop)).await;
-                    if reachable.is_err() {
-                        handle.ask(Ask::new(Request::Kill)).await
-                    } else {
-                        reachable
-                    }
-                })
-            })
-            .collect();
-        for stop in stops {
-            stop.await
-                .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))??;
+/// No VM starts while it is there. A daemon that does not go down after all, because a VM does not end or whoever asked
+/// has left, starts VMs again.
+struct Draining(Arc<World>);
+
+impl Draining {
+    fn begin(world: &Arc<World>) -> Self {
+        world.draining.store(true, Ordering::Relaxed);
+        Self(Arc::clone(world))
+    }
+}
+
+impl Drop for Draining {
+    fn drop(&mut self) {
+        if !*self.0.shutdown.borrow() {
+            self.0.draining.store(false, Ordering::Relaxed);
         }
     }
-    call.app.world.shutdown.send_replace(true);
-    Ok(Nothing {})
+}
+
+async fn stop_daemon(call: Call<StopDaemon>) -> Result<Nothing, ErrorBody> {
+    let world = &call.app.world;
+    if !call.request.vms {
+        world.shutdown.send_replace(true);
+        return Ok(Nothing {});
+    }
+    // A VM that started now would be missed.
+    let _draining = Draining::begin(world);
+    let mut live = call.app.registry.list(false);
+    live.retain(|handle| handle.view.borrow().phase.is_live());
+    let stop = |handle: Handle| async move {
+        let stopped = handle.ask(Ask::new(Request::Stop)).await;
+        if stopped.is_err() {
+            handle.ask(Ask::new(Request::Kill)).await
+        } else {
+            stopped
+        }
+    };
+    let stops: Vec<_> = live
+        .into_iter()
+        .map(|handle| tokio::spawn(stop(handle)))
+        .collect();
+    let mut all = Ok(Nothing {});
+    for stop in stops {
+        let stopped = stop.await;
+        let stopped =
+            stopped.unwrap_or_else(|error| Err(ErrorBody::from_error(ErrorCode::Internal, &error)));
+        if let Err(error) = stopped {
+            all = all.and(Err(error));
+        }
+    }
+    if all.is_ok() {
+        world.shutdown.send_replace(true);
+    }
+    all
 }
 
 async fn drivers(call: Call<Nothing>) -> Result<Vec<banger_api::daemon::DriverInfo>, ErrorBody> {
@@ -192,10 +219,7 @@ async fn list_vms(call: Call<ListVms>) -> Result<Vec<Vm>, ErrorBody> {
 
 pub(super) fn going_down<T>(call: &Call<T>) -> Result<(), ErrorBody> {
     if *call.app.world.shutdown.borrow() || call.app.world.draining.load(Ordering::Relaxed) {
-        return Err(
-            ErrorBody::new(ErrorCode::ShuttingDown, "the daemon is going down")
-                .hint("repeat the command"),
-        );
+        return Err(convert::going_down());
     }
     Ok(())
 }

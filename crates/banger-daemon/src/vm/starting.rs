@@ -5,6 +5,7 @@ use super::link::Link;
 use super::start_plan::{StartError, StartPlan, Started, Wish, unwind};
 use super::stop_reason::Intent;
 use super::{Ask, AttemptFile};
+use crate::convert;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::vm::BootTimes;
 use banger_core::decide::{Deny, Request};
@@ -14,6 +15,7 @@ use banger_vmm::protocol::Status;
 use banger_vmm::sandbox::Applied;
 use std::process::Child;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -21,6 +23,11 @@ use tokio_util::sync::CancellationToken;
 impl Actor {
     pub(super) async fn start(&mut self, starters: Vec<Reply>) {
         let asked_at = Instant::now();
+        if self.world.draining.load(Ordering::Relaxed) {
+            // Also the second half of a restart.
+            reply_all(starters, &Err(convert::going_down()));
+            return;
+        }
         if self.record.reset_pending
             && let Err(error) = self.finish_reset().await
         {
