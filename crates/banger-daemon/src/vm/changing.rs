@@ -4,6 +4,7 @@ use super::Ask;
 use super::actor::{Actor, Reply, Run, answer_to};
 use super::files::io_error;
 use super::start_plan::{blocking, network_error};
+use super::teardown::close_storage;
 use crate::crash::{Side, point};
 use crate::images::ImageRecord;
 use crate::storage::{self, Layer};
@@ -119,6 +120,13 @@ impl Actor {
     ) -> Result<(), ErrorBody> {
         // Held to the end: nothing starts on this layer.
         let _lock = self.own_lock()?;
+        // By the driver that attached it; the record may name another afterwards.
+        if let Some(problem) = close_storage(&self.world, &self.record, "reset").await {
+            let message = format!("the storage of `{}` cannot be detached", self.record.name);
+            let mut error = ErrorBody::new(ErrorCode::Internal, message);
+            error.causes.push(problem);
+            return Err(error.hint("nothing was changed; `banger daemon logs` tells more"));
+        }
         point("reset", "record", Side::Before);
         self.change(|record| {
             record.reset_pending = true;
@@ -142,8 +150,14 @@ impl Actor {
         self.finish_reset().await
     }
 
-    /// Makes the fresh overlay that was promised.
-    pub(super) async fn finish_reset(&mut self) -> Result<(), ErrorBody> {
+    /// As [`Actor::finish_reset`], of a promise that a crash or a full disk broke.
+    pub(super) async fn finish_promised_reset(&mut self) -> Result<(), ErrorBody> {
+        let _lock = self.own_lock()?;
+        self.finish_reset().await
+    }
+
+    /// Makes the fresh overlay that was promised. The lock is the caller's.
+    async fn finish_reset(&mut self) -> Result<(), ErrorBody> {
         point("reset", "layer", Side::Before);
         let (world, record, files) = (
             Arc::clone(&self.world),

@@ -29,8 +29,10 @@ impl Actor {
             return;
         }
         if self.record.reset_pending
-            && let Err(error) = self.finish_reset().await
+            && let Err(error) = self.finish_promised_reset().await
         {
+            let why = format!("the overlay is not fresh as promised: {}", error.message);
+            self.note("start", why, None);
             reply_all(starters, &Err(error));
             return;
         }
