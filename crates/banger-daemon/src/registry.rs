@@ -420,7 +420,13 @@ impl Registry {
             None => self.create_new(world, &request, key).await?,
         };
         if request.start {
-            handle.ask(Ask::new(Request::Start)).await?;
+            let started = handle.ask(Ask::new(Request::Start)).await;
+            started.map_err(|error| {
+                let name = handle.latest().record.name.clone();
+                error.hint(format!(
+                    "`{name}` was created: `banger vm start {name}` tries again, `banger vm delete {name}` removes it"
+                ))
+            })?;
         }
         Ok(handle)
     }

@@ -383,7 +383,12 @@ fn a_vmm_that_refuses_is_quoted_and_leaves_a_stopped_vm_and_no_port() {
     ];
     let output = env.banger(&create);
     assert_eq!(output.status, 10, "{output:?}");
-    for text in ["otter", "no such machine today", "hint:"] {
+    for text in [
+        "otter",
+        "no such machine today",
+        "hint:",
+        "`otter` was created",
+    ] {
         assert!(output.stderr.contains(text), "{output:?}");
     }
     let vm = env.vm("otter");
