@@ -251,7 +251,9 @@ async fn network(app: &App) -> Check {
             "network",
             Verdict::Bad,
             banger_host::error_chain(&error),
-            None,
+            Some(
+                "`banger daemon logs` tells more; `banger doctor --repair` makes the network whole again",
+            ),
         ),
     }
 }

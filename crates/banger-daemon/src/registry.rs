@@ -252,7 +252,16 @@ impl Registry {
     ) -> Result<View, ErrorBody> {
         let record = handle.latest().record;
         if record.trashed_at.is_none() {
-            return Ok(handle.latest());
+            return match name {
+                Some(wanted) if wanted != record.name => {
+                    let message = format!("`{}` is not in the trash", record.name);
+                    Err(ErrorBody::new(ErrorCode::WrongPhase, message).hint(format!(
+                        "`banger vm set {} --name {wanted}` gives it another name",
+                        record.name
+                    )))
+                }
+                _ => Ok(handle.latest()),
+            };
         }
         let wanted = name.clone().unwrap_or_else(|| record.name.clone());
         let _held = self.hold_name(&wanted).map_err(|error| {

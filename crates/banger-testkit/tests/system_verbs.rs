@@ -357,6 +357,8 @@ fn a_vm_comes_back_from_the_trash_under_another_name_if_its_own_is_taken() {
     assert_eq!(back["id"], first["id"]);
     assert_eq!(back["address"], first["address"]);
     assert!(back["trashed_at"].is_null());
+    let there = env.banger(&["vm", "undelete", "old-otter", "--name", "fox"]);
+    assert_refused(&there, 5, "`old-otter` is not in the trash");
 
     let image = env.json(&["image", "show", "tiny"]);
     assert_eq!(image["kernel"], first["spec"]["kernel"]);

@@ -436,7 +436,8 @@ async fn remove_folder(folder: PathBuf) -> Result<(), ErrorBody> {
 pub(crate) fn store_error(error: &crate::store::StoreError) -> ErrorBody {
     use crate::store::StoreError;
     match error {
-        StoreError::NameTaken(_) => ErrorBody::from_error(ErrorCode::NameTaken, error),
+        StoreError::NameTaken(_) => ErrorBody::from_error(ErrorCode::NameTaken, error)
+            .hint("choose another name; `banger vm list` shows those that are taken"),
         StoreError::Newer { .. } => ErrorBody::from_error(ErrorCode::NewerSchema, error)
             .hint("install that version of banger or a newer one; nothing was changed"),
         _ if error.is_no_space() => ErrorBody::from_error(ErrorCode::NoSpace, error)
