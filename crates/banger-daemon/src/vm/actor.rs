@@ -21,7 +21,7 @@ use jiff::Timestamp;
 use std::pin::Pin;
 use std::process::Child;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -96,7 +96,10 @@ impl Live {
 }
 
 pub(super) struct Stopping {
+    /// As it is shown.
     pub(super) deadline: Timestamp,
+    /// As it is waited for: neither a clock that is set nor a suspended host brings it nearer.
+    pub(super) until: Instant,
     pub(super) waiters: Vec<Reply>,
     pub(super) then_start: Vec<Reply>,
 }
@@ -140,7 +143,7 @@ async fn next(run: &mut Run, inbox: &mut mpsc::Receiver<Message>) -> Incoming {
         },
         Run::Live(live) => tokio::select! {
             event = next_event(&mut live.link) => Incoming::Link(event),
-            () = until(live.stopping.as_ref().map(|stopping| stopping.deadline)) => Incoming::Deadline,
+            () = until(live.stopping.as_ref().map(|stopping| stopping.until)) => Incoming::Deadline,
             () = freed(&mut live.lock_free) => Incoming::LockFree,
             () = tokio::time::sleep(LOOK_AGAIN), if live.link.is_none() => Incoming::LookAgain,
             incoming = message => incoming,
@@ -155,12 +158,9 @@ async fn next_event(link: &mut Option<Link>) -> LinkEvent {
     }
 }
 
-async fn until(deadline: Option<Timestamp>) {
+async fn until(deadline: Option<Instant>) {
     match deadline {
-        Some(deadline) => {
-            let left = Timestamp::now().duration_until(deadline);
-            tokio::time::sleep(Duration::try_from(left).unwrap_or(Duration::ZERO)).await;
-        }
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
         None => std::future::pending().await,
     }
 }

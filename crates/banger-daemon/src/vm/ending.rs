@@ -103,7 +103,7 @@ impl Actor {
         point("stop", "desired", Side::After);
         let deadline = Timestamp::now()
             .saturating_add(jiff::SignedDuration::try_from(timeout).unwrap_or_default());
-        let Ok(deadline) = deadline else {
+        let (Ok(deadline), Some(until)) = (deadline, Instant::now().checked_add(timeout)) else {
             let error = ErrorBody::new(ErrorCode::InvalidRequest, "the time limit is out of range");
             reply_all(waiters.into_iter().chain(then_start).collect(), &Err(error));
             return;
@@ -111,6 +111,7 @@ impl Actor {
         if let Run::Live(live) = &mut self.run {
             live.stopping = Some(Stopping {
                 deadline,
+                until,
                 waiters,
                 then_start,
             });
