@@ -446,6 +446,7 @@ impl Target {
     fn command(&self) -> String {
         match self {
             Self::Tcp(address, port) => {
+                // By `pasta`, the other side's end is at times lost to whoever ended first.
                 format!(
                     "echo hello | timeout 2 nc -w 1 {address} {port} 2>/dev/null | head -c 1 | grep -q ."
                 )
