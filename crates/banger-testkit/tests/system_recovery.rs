@@ -8,6 +8,7 @@ use banger_testkit::run::{LIMIT, eventually, wait_exit};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
+use std::os::unix::fs::MetadataExt;
 
 /// An address of the loopback that no other world uses.
 fn published(env: &TestEnv) -> SocketAddrV4 {
@@ -189,6 +190,38 @@ fn a_paused_vm_that_was_to_stop_goes_on_and_is_asked() {
     });
     let stopped = env.vm_becomes("otter", "stopped", |vm| vm["phase"]["state"] == "stopped");
     assert_eq!(stopped["phase"]["why"]["reason"], "asked");
+}
+
+#[test]
+#[ignore = "system test"]
+fn a_reset_that_was_promised_is_finished_by_a_start_or_told() {
+    let test = "a_reset_that_was_promised_is_finished_by_a_start_or_told";
+    let Some(env) = TestEnv::scripted(test, "") else {
+        return;
+    };
+    let vm = otter(&env);
+    env.ok(&["vm", "stop", "otter"]);
+    env.ok(&["daemon", "stop"]);
+    let id = vm["id"].as_str().unwrap();
+    env.edit_mirror(id, |record| record["reset_pending"] = true.into());
+    // Its place is taken, so the fresh overlay cannot be made.
+    let folder = env.vm_folder(id);
+    let in_the_way = folder.join("overlay.fresh");
+    std::fs::create_dir(&in_the_way).unwrap();
+    let refused = env.banger(&["vm", "start", "otter"]);
+    assert!(refused.status != 0, "{refused:?}");
+    let why = env.ok(&["vm", "why", "otter"]);
+    assert!(
+        why.contains("the overlay is not fresh as promised"),
+        "{why}"
+    );
+
+    std::fs::remove_dir(&in_the_way).unwrap();
+    let written = || folder.join("overlay.img").metadata().unwrap().ino();
+    let before = written();
+    env.ok(&["vm", "start", "otter"]);
+    assert_ne!(written(), before);
+    env.ok(&["vm", "delete", "--force", "--purge", "otter"]);
 }
 
 #[test]

@@ -328,7 +328,7 @@ impl Actor {
         }
     }
 
-    pub(super) async fn request(&mut self, message: Message) {
+    async fn request(&mut self, message: Message) {
         let Message { ask, reply } = message;
         let phase = self.view.borrow().phase.clone();
         let trashed = self.record.trashed_at.is_some();

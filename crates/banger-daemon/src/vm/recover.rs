@@ -4,13 +4,12 @@ use super::actor::{Actor, Live, Run};
 use super::link::Link;
 use super::stop_reason::{Intent, reason};
 use super::teardown::{close_storage, release_port, sync_disks};
-use super::{Ask, AttemptFile, Message};
-use banger_core::decide::Request;
+use super::{Ask, AttemptFile};
+use banger_core::decide::{Action, Decision, Request, Standing, decide};
 use banger_core::phase::{Desired, StopReason};
 use banger_vmm::exit;
 use banger_vmm::lock::{LockError, try_lock};
-use banger_vmm::protocol::Status;
-use tokio::sync::oneshot;
+use banger_vmm::protocol::{Status, Verb};
 
 impl Actor {
     /// Looks at what an earlier daemon left of this VM: adopts what lives, cleans up after what does not.
@@ -89,12 +88,22 @@ impl Actor {
     /// the disk is asked when it goes on.
     async fn stop_after_all(&mut self) {
         self.note("recover", "it was to stop: asking again", None);
-        let (reply, mut answer) = oneshot::channel();
-        let ask = Ask::new(Request::Stop);
-        // It waits for no guest.
-        self.request(Message { ask, reply }).await;
-        if let Ok(Err(refused)) = answer.try_recv() {
-            self.note("recover", refused.message, None);
+        let phase = self.view.borrow().phase.clone();
+        match decide(Standing::Live(&phase), Request::Stop) {
+            Decision::Run(action) => {
+                if action == Action::ResumeThenStop
+                    && let Err(error) = self.command(Verb::Resume).await
+                {
+                    self.note("recover", error.message, None);
+                    return;
+                }
+                self.stop(Ask::STOP_TIMEOUT, Vec::new(), Vec::new()).await;
+            }
+            Decision::Deny(deny) => {
+                let refused = self.denied(deny, Request::Stop);
+                self.note("recover", refused.message, None);
+            }
+            Decision::Join | Decision::AlreadyThere => {}
         }
     }
 

@@ -33,6 +33,9 @@ impl Actor {
         {
             let why = format!("the overlay is not fresh as promised: {}", error.message);
             self.note("start", why, None);
+            if error.code == ErrorCode::Unreachable {
+                self.locked_by_another().await;
+            }
             reply_all(starters, &Err(error));
             return;
         }
