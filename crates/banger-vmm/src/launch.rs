@@ -53,17 +53,32 @@ pub enum SpawnError {
     },
 }
 
-/// Starts a shim with `launch` and the descriptors that it names, and waits for its answer (at most 20 seconds).
+/// A shim that waits for the one message that it starts with. Dropped without, it ends.
+#[derive(Debug)]
+pub struct Waiting {
+    program: PathBuf,
+    socket: OwnedFd,
+    /// There until it is launched.
+    child: Option<Child>,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            // Its socket's end would end it, too, but somebody has to collect it.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Starts a shim, which then waits for its [`Launch`]: what it is to do need not be known yet.
 ///
-/// The child outlives its parent. A living parent should wait for it, or it stays a zombie.
-pub fn spawn(
-    shim_program: &Path,
-    launch: &Launch,
-    descriptors: &[BorrowedFd<'_>],
-) -> Result<(Launched, Child), SpawnError> {
-    let program = || shim_program.to_owned();
+/// # Errors
+/// The program cannot be started.
+pub fn spawn(shim_program: &Path) -> Result<Waiting, SpawnError> {
     let start = |source| SpawnError::Start {
-        program: program(),
+        program: shim_program.to_owned(),
         source,
     };
     let (ours, theirs) = rustix::net::socketpair(
@@ -78,7 +93,7 @@ pub fn spawn(
         reason = "the one place where a shim starts: a long-lived child that outlives the daemon"
     )]
     let mut command = Command::new(shim_program);
-    let mut child = command
+    let child = command
         .stdin(Stdio::from(theirs))
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -86,31 +101,44 @@ pub fn spawn(
         .map_err(start)?;
     // The command holds the other end, whose closing says that the shim is gone.
     drop(command);
-    let answer = send(&ours, launch, descriptors)
-        .and_then(|()| receive_answer(&ours))
-        .map_err(|source| SpawnError::Talk {
-            program: program(),
-            source,
-        })
-        .and_then(|answer| {
-            answer.map_err(|why| SpawnError::NoAnswer {
-                program: program(),
-                why,
-            })
-        });
-    match answer {
-        Ok(launched) => {
-            if matches!(launched, Launched::Failed { .. }) {
-                // It has nothing left to do but to exit.
-                let _ = child.wait();
-            }
-            Ok((launched, child))
-        }
-        Err(error) => {
-            let _ = child.kill();
+    Ok(Waiting {
+        program: shim_program.to_owned(),
+        socket: ours,
+        child: Some(child),
+    })
+}
+
+impl Waiting {
+    /// Gives the shim `launch` and the descriptors that it names, and waits for its answer (at most 20 seconds).
+    ///
+    /// The child outlives its parent. A living parent should wait for it, or it stays a zombie; one whose launch
+    /// failed has been waited for, and is none.
+    ///
+    /// # Errors
+    /// It does not answer; it was killed.
+    pub fn launch(
+        mut self,
+        launch: &Launch,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(Launched, Option<Child>), SpawnError> {
+        let answer = send(&self.socket, launch, descriptors)
+            .and_then(|()| receive_answer(&self.socket))
+            .map_err(|source| SpawnError::Talk {
+                program: self.program.clone(),
+                source,
+            })?;
+        let launched = answer.map_err(|why| SpawnError::NoAnswer {
+            program: self.program.clone(),
+            why,
+        })?;
+        let mut child = self.child.take();
+        if matches!(launched, Launched::Failed { .. })
+            && let Some(mut child) = child.take()
+        {
+            // It has nothing left to do but to exit.
             let _ = child.wait();
-            Err(error)
         }
+        Ok((launched, child))
     }
 }
 

@@ -18,7 +18,7 @@ use banger_host::net::host::HostOpError;
 use banger_host::net::keeper::KeeperError;
 use banger_image::kernel;
 use banger_vmm::driver::{DriveConfig, MachineConfig, NicConfig, Plan};
-use banger_vmm::launch;
+use banger_vmm::launch::{self, SpawnError, Waiting};
 use banger_vmm::lock::{LockError, Locked, try_lock};
 use banger_vmm::protocol::{Descriptor, Launch, Launched, Ring, Status};
 use banger_vmm::qemu::args::find_firmware;
@@ -28,6 +28,7 @@ use std::process::Child;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -92,6 +93,9 @@ impl StartPlan {
 
     /// Runs all steps. After an error the host still holds what was made: the caller tears down.
     pub(super) async fn run(self) -> Result<Started, StartError> {
+        // A program's start takes time: by when it is known what the shim is to do, it waits for it.
+        let program = self.world.programs.shim.clone();
+        let waiting = tokio::task::spawn_blocking(move || launch::spawn(&program));
         let lock = self.step(StartStep::TakeLock, self.take_lock()).await?;
         // The three wait for different things: the disk, the network's actor, files. Each is waited for, also after
         // another has failed, so that a teardown meets nothing half done.
@@ -106,7 +110,10 @@ impl StartPlan {
         );
         let ((), lease, (attempt, launched)) = (stored?, lease?, boot?);
         let shim = self
-            .step(StartStep::LaunchShim, self.launch(lock, lease, launched))
+            .step(
+                StartStep::LaunchShim,
+                self.launch(waiting, lock, lease, launched),
+            )
             .await?;
         let connected = self.step(StartStep::ProveLife, self.prove_life()).await;
         match connected {
@@ -223,11 +230,14 @@ impl StartPlan {
 
     async fn launch(
         &self,
+        waiting: JoinHandle<Result<Waiting, SpawnError>>,
         lock: Locked,
         lease: Lease,
         prepared: Prepared,
     ) -> Result<Child, ErrorBody> {
-        let shim = self.world.programs.shim.clone();
+        let waiting = waiting
+            .await
+            .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
         let name = self.record.name.clone();
         blocking(move || {
             let mut roles = vec![Descriptor::Lock, Descriptor::Keepalive];
@@ -247,8 +257,12 @@ impl StartPlan {
                     "`banger vm logs --vmm {name}` shows what the VMM said"
                 ))
             };
-            match launch::spawn(&shim, &launch, &descriptors) {
-                Ok((Launched::Running { .. }, child)) => Ok(child),
+            let launched = waiting.and_then(|waiting| waiting.launch(&launch, &descriptors));
+            match launched {
+                Ok((Launched::Running { .. }, Some(child))) => Ok(child),
+                Ok((Launched::Running { .. }, None)) => {
+                    Err(failed(format!("the shim of `{name}` is gone")))
+                }
                 Ok((Launched::Failed { error, stderr }, _)) => {
                     let mut body = failed(format!("the VMM of `{name}` did not start"));
                     body.causes.push(error);

@@ -27,6 +27,13 @@ fn deadline() -> Instant {
     Instant::now() + LIMIT
 }
 
+/// Starts a shim and launches it.
+#[track_caller]
+fn started(launch: &Launch, descriptors: &[BorrowedFd<'_>]) -> (Launched, Option<Child>) {
+    let waiting = launch::spawn(&shim_program()).unwrap();
+    waiting.launch(launch, descriptors).unwrap()
+}
+
 fn shim_program() -> PathBuf {
     let program = Path::new(env!("CARGO_BIN_EXE_fake-vmm")).with_file_name("banger-shim");
     assert!(
@@ -123,8 +130,8 @@ impl Vm {
     fn try_start(&mut self) -> Launched {
         let lock = lock::try_lock(&self.path("vm.lock")).unwrap();
         let launch = self.launch(self.plan(), vec![Descriptor::Lock]);
-        let (launched, child) = launch::spawn(&shim_program(), &launch, &[lock.as_fd()]).unwrap();
-        self.shim = Some(child);
+        let (launched, child) = started(&launch, &[lock.as_fd()]);
+        self.shim = child;
         launched
     }
 
@@ -383,7 +390,7 @@ fn a_program_that_is_missing_is_named() {
     let lock = lock::try_lock(&vm.path("vm.lock")).unwrap();
     let mut launch = vm.launch(vm.plan(), vec![Descriptor::Lock]);
     launch.program = "/nonexistent/qemu".into();
-    let (launched, _) = launch::spawn(&shim_program(), &launch, &[lock.as_fd()]).unwrap();
+    let (launched, _) = started(&launch, &[lock.as_fd()]);
     let Launched::Failed { error, .. } = launched else {
         panic!("it cannot run");
     };
@@ -397,7 +404,7 @@ fn a_vm_whose_lock_somebody_else_holds_is_not_launched() {
     let _holder = lock::try_lock(&vm.path("vm.lock")).unwrap();
     let other = std::fs::File::open(vm.path("vm.lock")).unwrap();
     let launch = vm.launch(vm.plan(), vec![Descriptor::Lock]);
-    let (launched, _) = launch::spawn(&shim_program(), &launch, &[other.as_fd()]).unwrap();
+    let (launched, _) = started(&launch, &[other.as_fd()]);
     assert!(matches!(launched, Launched::Failed { error, .. } if error.contains("lock")));
 }
 
@@ -422,8 +429,8 @@ fn the_vmm_inherits_lock_and_keepalive_and_nothing_else() {
     let (_careless, leak) = rustix::pipe::pipe().unwrap();
     rustix::io::fcntl_setfd(&leak, rustix::io::FdFlags::empty()).unwrap();
     let launch = vm.launch(vm.plan(), kinds);
-    let (launched, child) = launch::spawn(&shim_program(), &launch, &descriptors).unwrap();
-    vm.shim = Some(child);
+    let (launched, child) = started(&launch, &descriptors);
+    vm.shim = child;
     let Launched::Running {
         vmm_pid, shim_pid, ..
     } = launched
@@ -479,8 +486,8 @@ fn start_firecracker(script: &str) -> Vm {
     }
     let lock = lock::try_lock(&vm.path("vm.lock")).unwrap();
     let launch = vm.launch(plan, vec![Descriptor::Lock]);
-    let (launched, child) = launch::spawn(&shim_program(), &launch, &[lock.as_fd()]).unwrap();
-    vm.shim = Some(child);
+    let (launched, child) = started(&launch, &[lock.as_fd()]);
+    vm.shim = child;
     assert!(matches!(launched, Launched::Running { .. }), "{launched:?}");
     vm
 }
@@ -562,8 +569,8 @@ fn start_qemu(test: &str, then: &[u8]) -> Option<Vm> {
     let lock = lock::try_lock(&vm.path("vm.lock")).unwrap();
     let plan = Qemu::new(QEMU).plan(&machine).unwrap();
     let launch = vm.launch(plan, vec![Descriptor::Lock]);
-    let (launched, child) = launch::spawn(&shim_program(), &launch, &[lock.as_fd()]).unwrap();
-    vm.shim = Some(child);
+    let (launched, child) = started(&launch, &[lock.as_fd()]);
+    vm.shim = child;
     assert!(matches!(launched, Launched::Running { .. }), "{launched:?}");
     Some(vm)
 }
@@ -623,7 +630,7 @@ fn spawner() {
     let lock = lock::try_lock(&folder.join("vm.lock")).unwrap();
     let launch: Launch =
         serde_json::from_slice(&std::fs::read(folder.join("launch.json")).unwrap()).unwrap();
-    let (launched, _child) = launch::spawn(&shim_program(), &launch, &[lock.as_fd()]).unwrap();
+    let (launched, _child) = started(&launch, &[lock.as_fd()]);
     assert!(matches!(launched, Launched::Running { .. }), "{launched:?}");
     rustix::process::kill_process(rustix::process::getpid(), Signal::KILL).unwrap();
 }

@@ -1,7 +1,6 @@
 //! What a VMM that its guest has taken over can still do: next to nothing.
 
-use super::{Vm, shim_program};
-use banger_vmm::launch;
+use super::{Vm, started};
 use banger_vmm::lock;
 use banger_vmm::protocol::{Descriptor, Launched};
 use banger_vmm::sandbox::{Applied, Layer};
@@ -67,8 +66,8 @@ fn start(vm: &mut Vm, keeper: &Keeper, user: bool) -> (i32, Vec<Applied>) {
     kinds.push(Descriptor::NetworkNamespace);
     descriptors.push(namespaces[1].as_fd());
     let launch = vm.launch(vm.plan(), kinds);
-    let (launched, child) = launch::spawn(&shim_program(), &launch, &descriptors).unwrap();
-    vm.shim = Some(child);
+    let (launched, child) = started(&launch, &descriptors);
+    vm.shim = child;
     match launched {
         Launched::Running {
             vmm_pid, sandbox, ..
@@ -225,8 +224,8 @@ fn a_program_that_is_a_script_runs_without_a_root_of_its_own_and_this_is_told() 
     let lock = lock::try_lock(&vm.path("vm.lock")).unwrap();
     let mut launch = vm.launch(vm.plan(), vec![Descriptor::Lock]);
     launch.program = program;
-    let (launched, child) = launch::spawn(&shim_program(), &launch, &[lock.as_fd()]).unwrap();
-    vm.shim = Some(child);
+    let (launched, child) = started(&launch, &[lock.as_fd()]);
+    vm.shim = child;
     let Launched::Running { sandbox, .. } = launched else {
         panic!("{launched:?}");
     };
