@@ -7,7 +7,7 @@ use rustix::fd::OwnedFd;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 use servers::{Heard, RESOLVED_PORT};
 use std::collections::BTreeSet;
-use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 use std::process::Command;
 
@@ -177,6 +177,16 @@ impl Machine {
         resolvers.into_iter().for_each(servers::resolve);
         self.heard
             .echo(TcpListener::bind((Ipv4Addr::UNSPECIFIED, SSH)).unwrap());
+        // What is closed to guests is there, and open to others.
+        inside(&self.internet, || {
+            for address in HOST {
+                run(
+                    "ip",
+                    &["route", "replace", &address.to_string(), "dev", "net0"],
+                );
+                TcpStream::connect((address, SSH)).unwrap();
+            }
+        });
     }
 
     /// Packets that came to addresses that nobody may reach.
