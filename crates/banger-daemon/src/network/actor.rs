@@ -1,7 +1,7 @@
 //! The actor: brings the namespace and the host to what the plans of all live VMs say.
 
 use super::namespace::{self, Namespace};
-use super::plan::{self, Plans, PortPlan};
+use super::plan::{self, Part, Plans, PortPlan};
 use super::{Ask, Lease, NetworkError, NetworkSetup, Now, host_watch, way_out};
 use banger_api::daemon::Mode;
 use banger_api::network::WayOut;
@@ -65,10 +65,8 @@ impl Actor {
         // A caller that went away no longer wants the answer.
         match ask {
             Ask::Lease(plan, reply) => drop(reply.send(self.lease(plan))),
-            Ask::Apply(plan, shim, reply) => {
-                let found = shim.map_or(Ok(()), |shim| self.find(shim, &plan));
-                drop(reply.send(found.and_then(|()| self.apply(plan))));
-            }
+            Ask::Apply(plan, named, reply) => drop(reply.send(self.apply(plan, Some(&named)))),
+            Ask::TakeOver(plan, shim, reply) => drop(reply.send(self.take_over(plan, shim))),
             Ask::Release(tap, reply) => drop(reply.send(self.release(&tap))),
             Ask::Now(reply) => drop(reply.send(self.now())),
             Ask::Settle(reply) => drop(reply.send(self.settle())),
@@ -282,6 +280,7 @@ impl Actor {
         namespace.keeper.request(NamespaceOp::EnsurePort(port))?;
         self.plans.insert(plan.tap(), plan.clone());
         let problems = self.open(&plan);
+        let problems = problems.into_iter().map(|(_, problem)| problem).collect();
         let Some(namespace) = &self.namespace else {
             return Err(NetworkError::Closed);
         };
@@ -295,14 +294,14 @@ impl Actor {
     }
 
     /// As far as it goes: NAT, published ports and joins of a VM that has its port. Answers what did not.
-    fn open(&mut self, plan: &PortPlan) -> Vec<NetworkError> {
+    fn open(&mut self, plan: &PortPlan) -> Vec<(Part, NetworkError)> {
         let mut problems = Vec::new();
-        let mut keep = |outcome: Result<(), NetworkError>| {
+        let mut keep = |part: Part, outcome: Result<(), NetworkError>| {
             if let Err(error) = outcome {
-                problems.push(error);
+                problems.push((part, error));
             }
         };
-        keep(self.set_nat(plan));
+        keep(Part::Nat, self.set_nat(plan));
         let Some(namespace) = &mut self.namespace else {
             return problems;
         };
@@ -314,17 +313,18 @@ impl Actor {
                 }
                 Err(error) => {
                     self.problems.insert(place, error_chain(&error));
-                    keep(Err(error));
+                    keep(Part::Port(place), Err(error));
                 }
             }
         }
-        keep(namespace.set_joins(plan::joins(&self.plans)));
+        keep(Part::Joins, namespace.set_joins(plan::joins(&self.plans)));
         problems
     }
 
     /// The way out comes first and goes last, so that nobody is let out into nowhere.
     fn set_nat(&mut self, plan: &PortPlan) -> Result<(), NetworkError> {
-        if plan.nat && !matches!(self.way_out, WayOut::Open { .. }) {
+        if plan.nat {
+            // Also if it was open: whoever made it may have ended since, and to ask is cheap.
             let Some(namespace) = &self.namespace else {
                 return Ok(());
             };
@@ -354,12 +354,12 @@ impl Actor {
         Ok(())
     }
 
-    /// Somebody else's rules may have closed the way out, or opened it, since it was made.
+    /// Somebody else's rules may have closed the way out since it was made, or opened it; or `pasta` has ended.
     fn look_at_way_out(&mut self) {
         let Some(namespace) = &self.namespace else {
             return;
         };
-        if self.setup.host.is_some() && matches!(self.way_out, WayOut::Open { .. }) {
+        if matches!(self.way_out, WayOut::Open { .. }) {
             self.way_out =
                 way_out::open(&self.setup, namespace).unwrap_or_else(|error| WayOut::Failed {
                     why: error_chain(&error),
@@ -367,45 +367,105 @@ impl Actor {
         }
     }
 
-    fn apply(&mut self, plan: PortPlan) -> Result<(), NetworkError> {
-        self.prepare()?;
-        let tap = plan.tap();
-        let before = self.plans.insert(tap.clone(), plan.clone());
-        let gone = before.iter().flat_map(|before| before.publications());
-        let kept = plan.publications();
-        let gone: Vec<_> = gone.filter(|old| !kept.contains(old)).collect();
-        if let Some(namespace) = &mut self.namespace {
-            for publication in &gone {
-                namespace.unpublish(plan::place(publication))?;
-            }
-            // What an earlier daemon published for it and the record no longer has.
-            let strays: Vec<_> = namespace
-                .published
-                .values()
-                .filter(|found| found.tap == tap && !kept.contains(found))
-                .map(plan::place)
-                .collect();
-            for place in strays {
-                namespace.unpublish(place)?;
-            }
-        }
-        let mut problems = self.open(&plan);
-        if problems.is_empty() {
-            return Ok(());
-        }
-        if let Some(before) = before {
-            self.plans.insert(tap, before.clone());
-            // What was there before fails only for reasons that are reported where they arose.
-            if let Some(namespace) = &mut self.namespace {
-                for publication in plan.publications() {
-                    if !before.publications().contains(&publication) {
-                        let _ = namespace.unpublish(plan::place(&publication));
-                    }
+    /// A VM that an earlier daemon left. Without its shim only a namespace that still has its keeper is found.
+    fn take_over(&mut self, plan: PortPlan, shim: Option<i32>) -> Result<(), NetworkError> {
+        match shim {
+            Some(shim) => self.find(shim, &plan)?,
+            None => {
+                self.adopt()?;
+                if self.namespace.is_none() {
+                    // It lives somewhere, and keeps what it has on the host. Another namespace would not help it.
+                    self.plans.insert(plan.tap(), plan);
+                    return Ok(());
                 }
             }
-            let _ = self.open(&before);
         }
-        Err(problems.swap_remove(0))
+        self.apply(plan, None)
+    }
+
+    /// Brings a live VM to its plan. Problems with other parts than the named ones were there before, and were told
+    /// then; without names all count. After an error the plan before holds again, if there was one.
+    fn apply(
+        &mut self,
+        plan: PortPlan,
+        named: Option<&BTreeSet<Part>>,
+    ) -> Result<(), NetworkError> {
+        self.prepare()?;
+        let before = self.plans.insert(plan.tap(), plan.clone());
+        let applied = self
+            .close_surplus(before.as_ref(), &plan)
+            .and_then(|()| self.open_named(&plan, named));
+        if let (Err(_), Some(before)) = (&applied, before)
+            && before != plan
+        {
+            self.roll_back(&plan, before);
+        }
+        applied
+    }
+
+    /// Closes the ports that the plan before had and this one has not.
+    fn close_surplus(
+        &mut self,
+        before: Option<&PortPlan>,
+        plan: &PortPlan,
+    ) -> Result<(), NetworkError> {
+        let tap = plan.tap();
+        let kept = plan.publications();
+        for place in plan::surplus_places(before, plan) {
+            self.problems.remove(&place);
+        }
+        let Some(namespace) = &mut self.namespace else {
+            return Ok(());
+        };
+        // Also what an earlier daemon published for it and the record no longer has.
+        let surplus: Vec<_> = namespace
+            .published
+            .values()
+            .filter(|found| found.tap == tap && !kept.contains(found))
+            .map(plan::place)
+            .collect();
+        for place in surplus {
+            namespace.unpublish(place)?;
+        }
+        Ok(())
+    }
+
+    fn open_named(
+        &mut self,
+        plan: &PortPlan,
+        named: Option<&BTreeSet<Part>>,
+    ) -> Result<(), NetworkError> {
+        let mut outcome = Ok(());
+        for (part, problem) in self.open(plan) {
+            let counts = named.is_none_or(|named| named.contains(&part));
+            if counts && outcome.is_ok() {
+                outcome = Err(problem);
+            } else {
+                let error = error_chain(&problem);
+                tracing::warn!(vm = %plan.vm, error, "a part of its network is not as it should be");
+            }
+        }
+        outcome
+    }
+
+    /// What was there before fails only for reasons that were told where they arose.
+    fn roll_back(&mut self, plan: &PortPlan, before: PortPlan) {
+        let kept = before.publications();
+        for place in plan::surplus_places(Some(plan), &before) {
+            self.problems.remove(&place);
+        }
+        if let Some(namespace) = &mut self.namespace {
+            for publication in plan.publications() {
+                let place = plan::place(&publication);
+                if !kept.contains(&publication)
+                    && namespace.published.get(&place) == Some(&publication)
+                {
+                    let _ = namespace.unpublish(place);
+                }
+            }
+        }
+        self.plans.insert(before.tap(), before.clone());
+        self.open(&before);
     }
 
     fn release(&mut self, tap: &str) -> Result<(), NetworkError> {
@@ -516,7 +576,7 @@ impl Actor {
             if !before.contains(&plan.tap()) {
                 done.push(format!("made the port {}", plan.tap()));
             }
-            for problem in self.open(&plan) {
+            for (_, problem) in self.open(&plan) {
                 tracing::warn!(error = error_chain(&problem), "not repaired");
             }
         }

@@ -16,7 +16,7 @@ mod plan;
 pub(crate) mod status;
 mod way_out;
 
-pub(crate) use plan::PortPlan;
+pub(crate) use plan::{Part, PortPlan};
 
 use actor::Actor;
 use banger_api::daemon::Mode;
@@ -111,7 +111,8 @@ type Reply<T> = oneshot::Sender<Result<T, NetworkError>>;
 
 enum Ask {
     Lease(PortPlan, Reply<Lease>),
-    Apply(PortPlan, Option<i32>, Reply<()>),
+    Apply(PortPlan, BTreeSet<Part>, Reply<()>),
+    TakeOver(PortPlan, Option<i32>, Reply<()>),
     Release(String, Reply<()>),
     Now(Reply<Now>),
     Repair(Reply<Vec<String>>),
@@ -157,15 +158,24 @@ impl Network {
         self.ask(|reply| Ask::Lease(plan, reply)).await
     }
 
-    /// Brings a live VM's network to its plan. After an error the network is as the plan before said.
-    pub(crate) async fn apply(&self, plan: PortPlan) -> Result<(), NetworkError> {
-        self.ask(|reply| Ask::Apply(plan, None, reply)).await
+    /// Brings a live VM's network to its plan. Only problems with the `named` parts are errors, and after an error the
+    /// network is as the plan before said.
+    pub(crate) async fn apply(
+        &self,
+        plan: PortPlan,
+        named: BTreeSet<Part>,
+    ) -> Result<(), NetworkError> {
+        self.ask(|reply| Ask::Apply(plan, named, reply)).await
     }
 
-    /// As [`Network::apply`], for a VM that an earlier daemon left with its shim: if the namespace has lost its keeper,
-    /// it is the shim's.
-    pub(crate) async fn take_over(&self, plan: PortPlan, shim: i32) -> Result<(), NetworkError> {
-        self.ask(|reply| Ask::Apply(plan, Some(shim), reply)).await
+    /// As [`Network::apply`], for a VM that an earlier daemon left: if the namespace has lost its keeper, it is that of
+    /// its `shim`, where that is known. All problems count, and the plan stays.
+    pub(crate) async fn take_over(
+        &self,
+        plan: PortPlan,
+        shim: Option<i32>,
+    ) -> Result<(), NetworkError> {
+        self.ask(|reply| Ask::TakeOver(plan, shim, reply)).await
     }
 
     /// Removes a port and all that goes with it; no error if it is gone, or the whole namespace with it.

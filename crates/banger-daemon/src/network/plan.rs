@@ -2,6 +2,7 @@
 
 use banger_core::id::{MacAddress, VmId};
 use banger_core::publish::{Protocol, PublishedPort};
+use banger_core::spec::LivePatch;
 use banger_host::op::{Port, Publication};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
@@ -49,6 +50,39 @@ pub(super) type Place = (Protocol, SocketAddr);
 
 pub(super) fn place(publication: &Publication) -> Place {
     (publication.protocol, publication.listen)
+}
+
+/// A part of a plan that may fail alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Part {
+    /// Whether its guest is let out.
+    Nat,
+    /// A published port.
+    Port(Place),
+    /// Whom its guest reaches.
+    Joins,
+}
+
+impl Part {
+    /// The parts that a change is about.
+    pub(crate) fn named(patch: &LivePatch) -> BTreeSet<Self> {
+        let published = patch.publish.as_ref();
+        let published = published.map(|port| (port.protocol, port.listen));
+        let places = published.into_iter().chain(patch.unpublish);
+        let nat = patch.nat.map(|_| Self::Nat);
+        let joins = patch.join.or(patch.leave).map(|_| Self::Joins);
+        places.map(Self::Port).chain(nat).chain(joins).collect()
+    }
+}
+
+/// The places that the plan before had and this one has not.
+pub(super) fn surplus_places(before: Option<&PortPlan>, plan: &PortPlan) -> BTreeSet<Place> {
+    let places = |plan: &PortPlan| -> BTreeSet<Place> {
+        let ports = plan.ports.iter();
+        ports.map(|port| (port.protocol, port.listen)).collect()
+    };
+    let before = before.map(places).unwrap_or_default();
+    &before - &places(plan)
 }
 
 /// All live VMs' plans, by TAP.
@@ -99,6 +133,59 @@ mod tests {
     #[test]
     fn nobody_is_joined_with_itself_or_with_one_that_does_not_live() {
         assert_eq!(joins(&plans(&[plan(2, &[2, 9])])), BTreeSet::new());
+    }
+
+    #[test]
+    fn a_change_names_the_parts_that_it_is_about_and_no_other() {
+        let port: PublishedPort = "8080:80".parse().unwrap();
+        let place = (port.protocol, port.listen);
+        let named = |patch| Part::named(&patch).into_iter().collect::<Vec<_>>();
+        let nothing = LivePatch::default;
+        assert_eq!(named(nothing()), []);
+        let autostart = Some(true);
+        assert_eq!(
+            named(LivePatch {
+                autostart,
+                ..nothing()
+            }),
+            []
+        );
+        let nat = Some(false);
+        assert_eq!(named(LivePatch { nat, ..nothing() }), [Part::Nat]);
+        let publish = Some(port);
+        let all = [Part::Port(place)];
+        assert_eq!(
+            named(LivePatch {
+                publish,
+                ..nothing()
+            }),
+            all
+        );
+        let unpublish = Some(place);
+        assert_eq!(
+            named(LivePatch {
+                unpublish,
+                ..nothing()
+            }),
+            all
+        );
+        let leave = Some(plan(2, &[]).vm);
+        assert_eq!(named(LivePatch { leave, ..nothing() }), [Part::Joins]);
+    }
+
+    #[test]
+    fn a_place_that_leads_elsewhere_now_is_not_surplus() {
+        let with = |port: &str| {
+            let mut plan = plan(2, &[]);
+            plan.ports.insert(port.parse().unwrap());
+            plan
+        };
+        let (before, elsewhere, other) = (with("8080:80"), with("8080:81"), with("8081:80"));
+        assert_eq!(surplus_places(None, &before), BTreeSet::new());
+        assert_eq!(surplus_places(Some(&before), &elsewhere), BTreeSet::new());
+        let places = surplus_places(Some(&before), &other);
+        let listens: Vec<String> = places.iter().map(|(_, at)| at.to_string()).collect();
+        assert_eq!(listens, ["127.0.0.1:8080"]);
     }
 
     #[test]

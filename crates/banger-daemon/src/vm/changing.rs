@@ -7,6 +7,7 @@ use super::start_plan::{blocking, network_error};
 use super::teardown::close_storage;
 use crate::crash::{Side, point};
 use crate::images::ImageRecord;
+use crate::network::Part;
 use crate::storage::{self, Layer};
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_core::decide::{Deny, Request};
@@ -58,15 +59,22 @@ impl Actor {
         if let Some(name) = &change.name {
             changed.name = name.clone();
         }
+        let named = Part::named(&change.patch.live);
+        let live = matches!(self.run, Run::Live(_));
         if changed == *self.record {
+            if live && !named.is_empty() {
+                // It is wanted already, and may not be there any more.
+                let applied = self.world.network.apply(changed.port_plan(), named).await;
+                applied.map_err(|error| network_error(&error))?;
+            }
             return Ok(());
         }
         let renamed = changed.name != self.record.name;
-        let live = matches!(self.run, Run::Live(_));
         let networked = changed.port_plan() != self.record.port_plan();
         point("set", "network", Side::Before);
         if live && networked {
-            let applied = self.world.network.apply(changed.port_plan()).await;
+            let plan = changed.port_plan();
+            let applied = self.world.network.apply(plan, named.clone()).await;
             applied.map_err(|error| network_error(&error))?;
         }
         point("set", "network", Side::After);
@@ -85,7 +93,11 @@ impl Actor {
         if let Err(error) = stored {
             if live
                 && networked
-                && let Err(error) = self.world.network.apply(self.record.port_plan()).await
+                && let Err(error) = self
+                    .world
+                    .network
+                    .apply(self.record.port_plan(), named)
+                    .await
             {
                 tracing::warn!(vm = %self.record.id, error = banger_host::error_chain(&error), "the network is not as recorded");
             }

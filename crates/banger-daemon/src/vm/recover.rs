@@ -75,7 +75,7 @@ impl Actor {
         }
         // Also what was changed by hand, or by an earlier daemon just before it ended.
         let plan = self.record.port_plan();
-        if let Err(error) = self.world.network.take_over(plan, shim).await {
+        if let Err(error) = self.world.network.take_over(plan, Some(shim)).await {
             let why = banger_host::error_chain(&error);
             self.note("network", why, None);
         }
