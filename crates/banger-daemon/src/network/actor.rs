@@ -29,6 +29,8 @@ pub(super) struct Actor {
     host_addresses: BTreeSet<Ipv4Addr>,
     namespace: Option<Namespace>,
     plans: Plans,
+    /// The plans are those of all VMs that live: none is still to be found.
+    settled: bool,
     way_out: WayOut,
     /// The namespace has another keeper than before: everything is to be measured anew.
     rejoined: bool,
@@ -52,6 +54,7 @@ impl Actor {
             host_addresses: BTreeSet::new(),
             namespace: None,
             plans: Plans::new(),
+            settled: false,
             way_out: WayOut::Closed,
             rejoined: false,
             named: false,
@@ -317,7 +320,11 @@ impl Actor {
                 }
             }
         }
-        keep(Part::Joins, namespace.set_joins(plan::joins(&self.plans)));
+        let mut joins = plan::joins(&self.plans);
+        if !self.settled {
+            joins.extend(plan::unknown_joins(&self.plans, &namespace.joins));
+        }
+        keep(Part::Joins, namespace.set_joins(joins));
         problems
     }
 
@@ -483,7 +490,11 @@ impl Actor {
             tap: tap.to_owned(),
         };
         match namespace.keeper.request(remove) {
-            Ok(_) => namespace.forget(tap, plan.map(|plan| plan.address)),
+            Ok(_) => match plan {
+                Some(plan) => namespace.forget(tap, plan.address),
+                // Which address went with it is not known.
+                None => namespace.look()?,
+            },
             // Without its keeper and without a VM the namespace is gone, and the port with it.
             Err(KeeperError::Unreachable { .. }) => self.namespace = None,
             Err(error) => return Err(error.into()),
@@ -531,6 +542,7 @@ impl Actor {
     }
 
     fn settle(&mut self) -> Result<(), NetworkError> {
+        self.settled = true;
         if self.plans.is_empty() {
             if let Some(host) = &self.setup.host {
                 let instance = self.setup.instance;
@@ -539,7 +551,10 @@ impl Actor {
         } else if self.way_out == WayOut::Closed {
             way_out::close(&self.setup)?;
         }
-        Ok(())
+        match &mut self.namespace {
+            Some(namespace) => namespace.set_joins(plan::joins(&self.plans)),
+            None => Ok(()),
+        }
     }
 
     /// Does everything again, whatever is thought to be there.

@@ -177,14 +177,12 @@ impl Namespace {
     }
 
     /// Forgets what went with a port.
-    pub(super) fn forget(&mut self, tap: &str, address: Option<Ipv4Addr>) {
+    pub(super) fn forget(&mut self, tap: &str, address: Ipv4Addr) {
         self.published
             .retain(|_, publication| publication.tap != tap);
-        if let Some(address) = address {
-            self.nat.remove(&address);
-            self.joins
-                .retain(|&(one, other)| one != address && other != address);
-        }
+        self.nat.remove(&address);
+        self.joins
+            .retain(|&(one, other)| one != address && other != address);
     }
 }
 

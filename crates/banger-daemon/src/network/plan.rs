@@ -101,6 +101,16 @@ pub(super) fn joins(plans: &Plans) -> BTreeSet<(Ipv4Addr, Ipv4Addr)> {
         .collect()
 }
 
+/// Those of the pairs `found` of which one is no VM of the plans: it may live and not have been asked yet.
+pub(super) fn unknown_joins(
+    plans: &Plans,
+    found: &BTreeSet<(Ipv4Addr, Ipv4Addr)>,
+) -> BTreeSet<(Ipv4Addr, Ipv4Addr)> {
+    let known: BTreeSet<Ipv4Addr> = plans.values().map(|plan| plan.address).collect();
+    let both = |(one, other): &(Ipv4Addr, Ipv4Addr)| known.contains(one) && known.contains(other);
+    found.iter().filter(|pair| !both(pair)).copied().collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -133,6 +143,17 @@ mod tests {
     #[test]
     fn nobody_is_joined_with_itself_or_with_one_that_does_not_live() {
         assert_eq!(joins(&plans(&[plan(2, &[2, 9])])), BTreeSet::new());
+    }
+
+    #[test]
+    fn a_join_that_is_found_stays_until_both_of_its_vms_are_known() {
+        let pair = (Ipv4Addr::new(172, 16, 0, 2), Ipv4Addr::new(172, 16, 0, 3));
+        let found = BTreeSet::from([pair]);
+        for known in [plans(&[]), plans(&[plan(2, &[3])]), plans(&[plan(3, &[])])] {
+            assert_eq!(unknown_joins(&known, &found), found);
+        }
+        let both = plans(&[plan(2, &[]), plan(3, &[])]);
+        assert_eq!(unknown_joins(&both, &found), BTreeSet::new());
     }
 
     #[test]

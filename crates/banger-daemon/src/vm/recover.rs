@@ -61,6 +61,7 @@ impl Actor {
                 );
                 self.run = Run::Live(Box::new(Live::unreachable(attempt)));
                 self.unreachable();
+                self.take_network_over(None).await;
             }
         }
     }
@@ -73,12 +74,7 @@ impl Actor {
             self.change_anyway(|record| record.started_once = true)
                 .await;
         }
-        // Also what was changed by hand, or by an earlier daemon just before it ended.
-        let plan = self.record.port_plan();
-        if let Err(error) = self.world.network.take_over(plan, Some(shim)).await {
-            let why = banger_host::error_chain(&error);
-            self.note("network", why, None);
-        }
+        self.take_network_over(Some(shim)).await;
         if self.record.desired == Desired::Off {
             self.stop_after_all().await;
         }
@@ -104,6 +100,16 @@ impl Actor {
                 self.note("recover", refused.message, None);
             }
             Decision::Join | Decision::AlreadyThere => {}
+        }
+    }
+
+    /// Its guest lives on the network. Also puts right what was changed by hand, or by an earlier daemon just before it
+    /// ended.
+    async fn take_network_over(&mut self, shim: Option<i32>) {
+        let plan = self.record.port_plan();
+        if let Err(error) = self.world.network.take_over(plan, shim).await {
+            let why = banger_host::error_chain(&error);
+            self.note("network", why, None);
         }
     }
 
