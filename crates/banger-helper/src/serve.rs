@@ -12,7 +12,7 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
 use rustix::pipe::PipeFlags;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -22,6 +22,8 @@ const UNCLAIMED: Duration = Duration::from_secs(30);
 /// How long a client may take over its one message.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
 const BACKLOG: i32 = 64;
+/// How soon changes are listened for again after an error.
+const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// The server could not start, or lost its socket.
@@ -125,12 +127,12 @@ impl Server {
     /// socket is removed.
     ///
     /// # Errors
-    /// The process is out of descriptors or threads for good.
+    /// The kernel refuses to wait, or to start the thread that keeps the rules whole.
     pub fn run(self) -> Result<(), ServeError> {
         let shared = Arc::clone(&self.shared);
         std::thread::Builder::new()
             .name("keep-whole".to_owned())
-            .spawn(move || shared.namespace.keep_whole())
+            .spawn(move || keep_whole(&shared.namespace))
             .map_err(ServeError::Serve)?;
         let served = self.accept_until_released();
         let ours = rustix::fs::statat(
@@ -170,26 +172,45 @@ impl Server {
             }
             let released = fds[1].revents().contains(PollFlags::HUP);
             if fds[0].revents().contains(PollFlags::IN) {
-                self.accept()?;
+                self.accept();
             } else if released && self.shared.release(&self.keepalive) {
                 return Ok(());
             }
         }
     }
 
-    fn accept(&self) -> Result<(), ServeError> {
-        let connection = match rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC) {
-            Ok(connection) => connection,
-            // The client went away, or we are short of something that comes back.
-            Err(_) => return Ok(()),
+    /// Without a descriptor or a thread for a client it is turned away: what we are short of comes back, and the
+    /// namespace is not worth less for it.
+    fn accept(&self) {
+        let Ok(connection) = rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC) else {
+            return;
         };
         let shared = Arc::clone(&self.shared);
-        std::thread::Builder::new()
+        let spawned = std::thread::Builder::new()
             .name("client".to_owned())
-            .spawn(move || shared.serve(&connection))
-            .map_err(ServeError::Serve)?;
-        Ok(())
+            .spawn(move || shared.serve(&connection));
+        if let Err(error) = spawned {
+            complain("a client is turned away", &error);
+        }
     }
+}
+
+/// Without end: to listen anew repairs what happened meanwhile, and another keeper would meet the same error.
+fn keep_whole(namespace: &Namespace) {
+    let mut deaf = false;
+    loop {
+        if let Err(error) = namespace.keep_whole()
+            && !std::mem::replace(&mut deaf, true)
+        {
+            complain("changes of the rules are not heard of", &error);
+        }
+        std::thread::sleep(LISTEN_AGAIN);
+    }
+}
+
+fn complain(what: &str, error: &io::Error) {
+    // Nobody may be reading.
+    let _ = writeln!(io::stderr(), "banger-netns: {what}: {error}");
 }
 
 /// Binds so that the socket never has another mode than 0600.

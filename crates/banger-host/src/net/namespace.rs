@@ -216,13 +216,15 @@ impl Namespace {
         self.ruleset.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Loads the ruleset again whenever somebody else has changed or flushed it, as long as the process lives.
+    /// Loads the ruleset again if somebody else has changed or flushed it, now and whenever that happens, as long as
+    /// the process lives.
     ///
     /// # Errors
     /// The kernel does not tell of changes.
     pub fn keep_whole(&self) -> io::Result<()> {
         let watch = Watch::open()?;
-        let mut again = None;
+        // What happened before nobody has told.
+        let mut again = Some(Duration::ZERO);
         loop {
             watch.wait(again, None)?;
             let repaired = self.ruleset().repair(&mut Rules::new());

@@ -17,7 +17,8 @@ pub(crate) struct Ruleset {
 #[derive(Debug, Clone, Copy)]
 struct Loaded {
     shape: Shape,
-    fingerprint: Fingerprint,
+    /// What it looks like whole; unknown if somebody else changed something while it was loaded.
+    fingerprint: Option<Fingerprint>,
     /// When it was last seen whole; unknown if somebody else changed something since.
     generation: Option<u32>,
 }
@@ -57,7 +58,7 @@ impl Ruleset {
             return Ok(false);
         }
         loaded.generation = None;
-        if rules.fingerprint()? == loaded.fingerprint && rules.hold(&self.elements)? {
+        if Some(rules.fingerprint()?) == loaded.fingerprint && rules.hold(&self.elements)? {
             loaded.generation = Some(generation);
             return Ok(false);
         }
@@ -68,16 +69,29 @@ impl Ruleset {
     }
 
     fn load(&mut self, rules: &mut Rules, shape: Shape) -> Result<(), NftError> {
+        let known = self.loaded.filter(|loaded| loaded.shape == shape);
+        let known = known.and_then(|loaded| loaded.fingerprint);
+        let before = rules.generation()?;
         rules.load(shape, &self.elements)?;
-        let generation = rules.generation()?;
-        let fingerprint = rules.fingerprint()?;
-        let expected = self.loaded.filter(|loaded| loaded.shape == shape);
-        let fingerprint = expected.map_or(fingerprint, |loaded| loaded.fingerprint);
+        let (fingerprint, generation) = match known {
+            // It is measured at the next occasion.
+            Some(fingerprint) => (Some(fingerprint), None),
+            // The first time it is taken as it was loaded, if nobody else was at work: else at the next occasion, of
+            // which the watch tells, it is loaded once more.
+            None => {
+                let fingerprint = rules.fingerprint()?;
+                let after = rules.generation()?;
+                let ours_alone = before.wrapping_add(1) == after;
+                (
+                    ours_alone.then_some(fingerprint),
+                    ours_alone.then_some(after),
+                )
+            }
+        };
         self.loaded = Some(Loaded {
             shape,
             fingerprint,
-            // The first time it is taken as it was loaded; later it is measured at the next occasion.
-            generation: expected.is_none().then_some(generation),
+            generation,
         });
         Ok(())
     }
