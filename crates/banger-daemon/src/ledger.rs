@@ -1,8 +1,9 @@
 //! The ledger: everything that banger has on the host, measured, and whose it is.
 
+use crate::network::network_error;
 use crate::server::App;
+use crate::vm::Ask;
 use crate::vm::files::VmFiles;
-use crate::vm::{Ask, start_network_error};
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::host::{CleanHost, HostObject, Mended};
 use banger_core::decide::Request;
@@ -18,7 +19,7 @@ const OTHER_INSTANCE: &str = "instance ";
 /// Everything on the host.
 pub(crate) async fn list(app: &App) -> Result<Vec<HostObject>, ErrorBody> {
     let network = app.world.network.now().await;
-    let network = network.map_err(|error| start_network_error(&error))?;
+    let network = network.map_err(|error| network_error(&error))?;
     let mut objects = Vec::new();
     let mut add = |kind: &str, name: String, owner: String, expected| {
         objects.push(HostObject {

@@ -43,6 +43,8 @@ struct State {
     reserved_names: HashSet<VmName>,
     reserved_keys: HashSet<String>,
     reserved_addresses: HashSet<Ipv4Addr>,
+    /// Ports that are about to be a VM's.
+    reserved_ports: Vec<(VmId, PublishedPort)>,
     last_address: Option<Ipv4Addr>,
     /// Creations by idempotency key.
     created: HashMap<String, VmId>,
@@ -82,6 +84,26 @@ struct HeldName {
 impl Drop for HeldName {
     fn drop(&mut self) {
         self.registry.state().reserved_names.remove(&self.name);
+    }
+}
+
+/// Places of the host that no other VM may take, until it is dropped.
+struct HeldPorts {
+    registry: Arc<Registry>,
+    own: VmId,
+    ports: BTreeSet<PublishedPort>,
+}
+
+impl Drop for HeldPorts {
+    fn drop(&mut self) {
+        let mut state = self.registry.state();
+        for port in &self.ports {
+            let held = |(own, held): &(VmId, PublishedPort)| (*own, held) == (self.own, port);
+            // One alone: two requests may hold the same.
+            if let Some(found) = state.reserved_ports.iter().position(held) {
+                state.reserved_ports.swap_remove(found);
+            }
+        }
     }
 }
 
@@ -199,33 +221,54 @@ impl Registry {
         .map(|(_, handle)| handle.clone())
     }
 
-    /// Whether another VM that is not in the trash has a port at the same place of the host.
-    fn refuse_collisions(
-        &self,
+    /// Holds the places of ports, unless another VM that is not in the trash has one of them, or is about to.
+    fn hold_ports(
+        self: &Arc<Self>,
         own: VmId,
         ports: &BTreeSet<PublishedPort>,
-    ) -> Result<(), ErrorBody> {
-        for handle in self.list(false).iter().filter(|handle| handle.id != own) {
-            let record = handle.latest().record;
+    ) -> Result<HeldPorts, ErrorBody> {
+        let mut state = self.state();
+        for handle in state.handles.values().filter(|handle| handle.id != own) {
+            let view = handle.view.borrow();
+            if view.purged || view.record.trashed_at.is_some() {
+                continue;
+            }
             for port in ports {
-                let other = record.spec.ports.iter().find(|other| other.collides(port));
-                if let Some(other) = other {
-                    return Err(port_taken(port, other, &record.name));
+                let mut others = view.record.spec.ports.iter();
+                if let Some(other) = others.find(|other| other.collides(port)) {
+                    return Err(port_taken(port, other, &view.record.name));
                 }
             }
         }
-        Ok(())
+        for port in ports {
+            let mut held = state.reserved_ports.iter();
+            if let Some((_, other)) = held.find(|(id, held)| *id != own && held.collides(port)) {
+                let message = format!(
+                    "cannot publish {} ({}): another VM is being given {other}",
+                    port.listen, port.protocol
+                );
+                return Err(ErrorBody::new(ErrorCode::Conflict, message).hint(
+                    "choose another port of the host; `banger port list` shows whose it is",
+                ));
+            }
+        }
+        let held = ports.iter().map(|port| (own, port.clone()));
+        state.reserved_ports.extend(held);
+        Ok(HeldPorts {
+            registry: Arc::clone(self),
+            own,
+            ports: ports.clone(),
+        })
     }
 
-    /// Changes a VM. A new name is held until the change is made, so that nobody else takes it.
+    /// Changes a VM. A new name or port is held until the change is made, so that nobody else takes it.
     pub(crate) async fn change(
         self: &Arc<Self>,
         handle: &Handle,
         change: Change,
     ) -> Result<View, ErrorBody> {
-        if let Some(port) = &change.patch.live.publish {
-            self.refuse_collisions(handle.id, &BTreeSet::from([port.clone()]))?;
-        }
+        let port = change.patch.live.publish.iter().cloned().collect();
+        let _port = self.hold_ports(handle.id, &port)?;
         let _held = match &change.name {
             Some(name) if *name != handle.latest().record.name => {
                 let held = self.hold_name(name);
@@ -270,7 +313,7 @@ impl Registry {
                 record.id
             ))
         })?;
-        self.refuse_collisions(handle.id, &record.spec.ports)?;
+        let _ports = self.hold_ports(handle.id, &record.spec.ports)?;
         handle
             .ask(Ask {
                 name,
@@ -463,10 +506,10 @@ impl Registry {
         };
         let record =
             record.unwrap_or_else(|error| Err(ErrorBody::from_error(ErrorCode::Internal, &error)));
-        let (record, reservation) = match record.and_then(|draft| {
-            self.refuse_collisions(id, &draft.spec.ports)?;
+        let (record, held) = match record.and_then(|draft| {
+            let ports = self.hold_ports(id, &draft.spec.ports)?;
             let reservation = self.reserve(world, name, key)?;
-            Ok((draft.complete(&reservation), reservation))
+            Ok((draft.complete(&reservation), (ports, reservation)))
         }) {
             Ok(made) => made,
             Err(error) => {
@@ -491,7 +534,7 @@ impl Registry {
         );
         let (handle, _) = actor::spawn(Arc::clone(world), record, Found::Stopped);
         self.add(handle.clone());
-        drop(reservation);
+        drop(held);
         world.hub.publish(EventKind::VmChanged {
             vm: Box::new(convert::vm(world, &handle.latest())),
         });
@@ -689,4 +732,27 @@ fn stage(world: &World, record: &VmRecord, staging: &VmFiles) -> Result<(), Erro
         .map_err(|error| io_error("write", &staging.folder, &error))?;
     point("create", "stage", Side::After);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_that_one_vm_is_being_given_is_not_given_to_another() {
+        let registry = Arc::new(Registry::default());
+        let id = |number| VmId::from_uuid(Uuid::from_u128(number));
+        let ports = |port: &str| BTreeSet::from([port.parse::<PublishedPort>().unwrap()]);
+        let held = registry.hold_ports(id(1), &ports("8080:80")).unwrap();
+        for colliding in ["8080:81", "0.0.0.0:8080:80"] {
+            let refused = registry.hold_ports(id(2), &ports(colliding)).err().unwrap();
+            assert_eq!(refused.code, ErrorCode::Conflict);
+        }
+        let again = registry.hold_ports(id(1), &ports("8080:80")).unwrap();
+        let other = registry.hold_ports(id(2), &ports("8081:80")).unwrap();
+        drop((held, other));
+        assert!(registry.hold_ports(id(2), &ports("8080:80")).is_err());
+        drop(again);
+        assert!(registry.hold_ports(id(2), &ports("8080:80")).is_ok());
+    }
 }

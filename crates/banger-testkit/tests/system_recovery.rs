@@ -1,10 +1,9 @@
 //! What is broken by hand, and what becomes of it: whole daemons, with `fake-vmm` as their VMM.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use banger_testkit::env::TestEnv;
 use banger_testkit::host::Host;
-use banger_testkit::run::{LIMIT, eventually, wait_exit};
+use banger_testkit::run::{LIMIT, eventually, signal, wait_exit};
+use rustix::process::Signal;
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
@@ -37,8 +36,7 @@ fn keeper(env: &TestEnv) -> Option<i32> {
 }
 
 fn kill(pid: i32) {
-    let pid = rustix::process::Pid::from_raw(pid).unwrap();
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    signal(pid, Signal::KILL);
 }
 
 #[track_caller]
@@ -84,6 +82,41 @@ fn a_namespace_that_loses_its_keeper_gets_another_and_its_vms_notice_nothing() {
     env.ok(&["vm", "delete", "--purge", "otter"]);
     env.ok(&["daemon", "stop"]);
     assert_eq!(env.host(), Host::default());
+}
+
+#[test]
+#[ignore = "system test"]
+fn a_vm_that_no_daemon_can_talk_to_keeps_its_network_as_long_as_it_lives() {
+    let test = "a_vm_that_no_daemon_can_talk_to_keeps_its_network_as_long_as_it_lives";
+    let Some(env) = TestEnv::scripted(test, "") else {
+        return;
+    };
+    let vm = otter(&env);
+    let pid = |key: &str| i32::try_from(vm["attempt"][key].as_i64().unwrap()).unwrap();
+    let before = env.host();
+    // A VMM that is stopped cannot notice that its parent is gone.
+    signal(pid("vmm_pid"), Signal::STOP);
+    env.kill_daemon();
+    kill(pid("shim_pid"));
+    assert!(wait_exit(pid("shim_pid"), LIMIT));
+    env.ok(&["daemon", "start"]);
+    env.vm_becomes("otter", "unreachable", |vm| {
+        vm["phase"]["reachable"] == false
+    });
+    let network = || {
+        let status = env.json(&["nat", "status"]);
+        let vm = &status["vms"][0];
+        let nat = vm["nat_now"] == true && status["way_out"]["state"] == "open";
+        nat && vm["ports"][0]["open"] == true
+    };
+    assert!(network());
+    assert_eq!(env.host().links, before.links);
+    assert!(TcpStream::connect(published(&env)).is_ok());
+
+    env.ok(&["vm", "kill", "otter"]);
+    assert!(!network());
+    env.ok(&["vm", "start", "otter"]);
+    assert!(network());
 }
 
 #[test]

@@ -310,7 +310,7 @@ impl Actor {
         };
         for (port, publication) in plan.ports.iter().zip(plan.publications()) {
             let place = (port.protocol, port.listen);
-            match namespace.publish(&publication) {
+            match namespace.publish(&publication, &self.plans) {
                 Ok(()) => {
                     self.problems.remove(&place);
                 }

@@ -10,12 +10,14 @@
 //! its keeper's socket. It ends with the last holder of the keeper's pipe.
 
 mod actor;
+mod error;
 mod host_watch;
 mod namespace;
 mod plan;
 pub(crate) mod status;
 mod way_out;
 
+pub(crate) use error::{NetworkError, network_error};
 pub(crate) use plan::{Part, PortPlan};
 
 use actor::Actor;
@@ -25,9 +27,7 @@ use banger_core::addr::Pool;
 use banger_core::id::InstanceId;
 use banger_core::publish::Protocol;
 use banger_host::host_side::HostSide;
-use banger_host::net::host::HostOpError;
-use banger_host::net::keeper::{Keeper, KeeperError};
-use banger_host::net::pasta::PastaError;
+use banger_host::net::keeper::Keeper;
 use banger_host::op::{Dropped, NamespaceOp, OwnedObject, PortState, PublicationState};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -37,30 +37,6 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 
 const QUEUE: usize = 256;
-
-/// Why the network did not do what it was asked.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum NetworkError {
-    #[error("the instance's network namespace cannot be used")]
-    Keeper(#[from] KeeperError),
-    #[error("the host's end of the network cannot be set up")]
-    Host(#[from] HostOpError),
-    #[error("guests cannot be given a way to the internet")]
-    Pasta(#[from] PastaError),
-    #[error("cannot listen on {listen} ({protocol})")]
-    Listen {
-        protocol: Protocol,
-        listen: SocketAddr,
-        #[source]
-        source: std::io::Error,
-    },
-    #[error("a descriptor of the network namespace cannot be copied")]
-    Descriptor(#[source] std::io::Error),
-    #[error("the keeper of the network namespace answered something else")]
-    Answer,
-    #[error("the network's actor has ended")]
-    Closed,
-}
 
 /// What a VM needs to live on the network: descriptors for its shim.
 #[derive(Debug)]

@@ -1,6 +1,6 @@
 //! The instance's namespace as the actor holds it.
 
-use super::plan::Place;
+use super::plan::{self, Place, Plans};
 use super::{NetworkError, NetworkSetup};
 use banger_api::daemon::Mode;
 use banger_core::publish::Protocol;
@@ -87,7 +87,7 @@ impl Namespace {
         self.published = self
             .publications()?
             .into_iter()
-            .map(|state| (super::plan::place(&state.publication), state.publication))
+            .map(|state| (plan::place(&state.publication), state.publication))
             .collect();
         Ok(())
     }
@@ -150,11 +150,23 @@ impl Namespace {
         Ok(())
     }
 
-    /// Listens on the host and leads the port into the guest. Nothing is done if it is so already.
-    pub(super) fn publish(&mut self, publication: &Publication) -> Result<(), NetworkError> {
-        let place = super::plan::place(publication);
+    /// Listens on the host and leads the port into the guest. Nothing is done if it is so already. What leads to
+    /// another guest there is closed, unless that one lives.
+    pub(super) fn publish(
+        &mut self,
+        publication: &Publication,
+        live: &Plans,
+    ) -> Result<(), NetworkError> {
+        let place = plan::place(publication);
         match self.published.get(&place) {
             Some(found) if found == publication => return Ok(()),
+            Some(found) if plan::holds(live, found, &publication.tap) => {
+                return Err(NetworkError::Taken {
+                    protocol: publication.protocol,
+                    listen: publication.listen,
+                    guest: found.guest,
+                });
+            }
             Some(_) => self.unpublish(place)?,
             None => {}
         }

@@ -88,6 +88,11 @@ pub(super) fn surplus_places(before: Option<&PortPlan>, plan: &PortPlan) -> BTre
 /// All live VMs' plans, by TAP.
 pub(super) type Plans = BTreeMap<String, PortPlan>;
 
+/// Whether `found` leads to another live VM than that of `tap`.
+pub(super) fn holds(plans: &Plans, found: &Publication, tap: &str) -> bool {
+    found.tap != tap && plans.contains_key(&found.tap)
+}
+
 /// The pairs that may reach each other, the lower address first: both live, and one of the two says so.
 pub(super) fn joins(plans: &Plans) -> BTreeSet<(Ipv4Addr, Ipv4Addr)> {
     let addresses: BTreeMap<VmId, Ipv4Addr> =
@@ -154,6 +159,17 @@ mod tests {
         }
         let both = plans(&[plan(2, &[]), plan(3, &[])]);
         assert_eq!(unknown_joins(&both, &found), BTreeSet::new());
+    }
+
+    #[test]
+    fn a_place_is_taken_by_another_vm_that_lives_and_by_no_other() {
+        let mut owner = plan(2, &[]);
+        owner.ports.insert("8080:80".parse().unwrap());
+        let found = &owner.publications()[0];
+        let live = plans(&[owner.clone(), plan(3, &[])]);
+        assert!(holds(&live, found, &plan(3, &[]).tap()));
+        assert!(!holds(&live, found, &owner.tap()));
+        assert!(!holds(&plans(&[plan(3, &[])]), found, &plan(3, &[]).tap()));
     }
 
     #[test]

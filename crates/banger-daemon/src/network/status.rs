@@ -1,8 +1,7 @@
 //! The network on the wire: what the records want beside what the kernel has.
 
-use super::Now;
+use super::{Now, network_error};
 use crate::server::App;
-use crate::vm::start_network_error;
 use banger_api::error::ErrorBody;
 use banger_api::network::{NetworkStatus, VmNetwork, VmPort, WayOut};
 use banger_core::id::VmId;
@@ -13,7 +12,7 @@ use std::collections::BTreeMap;
 /// All of it.
 pub(crate) async fn status(app: &App) -> Result<NetworkStatus, ErrorBody> {
     let now = app.world.network.now().await;
-    let now = now.map_err(|error| start_network_error(&error))?;
+    let now = now.map_err(|error| network_error(&error))?;
     let views: Vec<_> = app
         .registry
         .list(false)

@@ -2,8 +2,8 @@
 
 use super::Call;
 use super::routes::operation_id;
+use crate::network::network_error;
 use crate::vm::files::VmFiles;
-use crate::vm::start_network_error;
 use axum::body::{Body, Bytes};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -233,7 +233,7 @@ pub(super) async fn connect(
         .network
         .connect(view.record.address, call.request.port, CONNECT_MS)
         .await;
-    let socket = socket.map_err(|error| start_network_error(&error))?;
+    let socket = socket.map_err(|error| network_error(&error))?;
     let stream = std::net::TcpStream::from(socket);
     let adopted = stream
         .set_nonblocking(true)

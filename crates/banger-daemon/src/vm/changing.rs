@@ -3,11 +3,11 @@
 use super::Ask;
 use super::actor::{Actor, Reply, Run, answer_to};
 use super::files::io_error;
-use super::start_plan::{blocking, network_error};
+use super::start_plan::blocking;
 use super::teardown::close_storage;
 use crate::crash::{Side, point};
 use crate::images::ImageRecord;
-use crate::network::Part;
+use crate::network::{Part, network_error};
 use crate::storage::{self, Layer};
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_core::decide::{Deny, Request};

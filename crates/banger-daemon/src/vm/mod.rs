@@ -18,8 +18,6 @@ mod starting;
 mod stop_reason;
 pub(crate) mod teardown;
 
-pub(crate) use start_plan::network_error as start_network_error;
-
 use crate::images::ImageRecord;
 use crate::record::VmRecord;
 use crate::world::World;

@@ -7,15 +7,13 @@ use crate::crash::{Side, point};
 use crate::drivers::{Chosen, accelerator_name};
 use crate::images::{build_error, store_error};
 use crate::keys;
-use crate::network::{Lease, NetworkError};
+use crate::network::{Lease, network_error};
 use crate::record::{VmRecord, replace_unsynced};
 use crate::storage::{self, Layer, RootDrive};
 use crate::world::World;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_core::phase::StartStep;
 use banger_guest::boot_config::{BootConfig, Drive, DriveRole, Network};
-use banger_host::net::host::HostOpError;
-use banger_host::net::keeper::KeeperError;
 use banger_image::kernel;
 use banger_vmm::driver::{DriveConfig, MachineConfig, NicConfig, Plan};
 use banger_vmm::launch::{self, SpawnError, Waiting};
@@ -40,9 +38,6 @@ const LOG_BYTES: u64 = 1 << 20;
 const METRICS_BYTES: u64 = 256 << 10;
 /// The guest's vsock address. Firecracker's vsock is a Unix socket, so it need not be unique on the host.
 const CID: u32 = 3;
-/// The node that guests' networks need.
-const TUN: &str = "/dev/net/tun";
-const TUN_HINT: &str = "make the node usable for everyone: `sudo chmod 0666 /dev/net/tun`";
 /// Where a work disk is mounted.
 const DISK_AT: &str = "/data";
 
@@ -574,30 +569,6 @@ fn boot_config(world: &World, record: &VmRecord, opened: &Opened) -> Result<Boot
         drives,
         init: opened.init.clone(),
     })
-}
-
-/// A network's error on the wire.
-pub(crate) fn network_error(error: &NetworkError) -> ErrorBody {
-    let chain = banger_host::error_chain(error);
-    let unfit = matches!(
-        error,
-        NetworkError::Keeper(KeeperError::NotReady { .. } | KeeperError::Start { .. })
-            | NetworkError::Host(HostOpError::RouteInTheWay { .. })
-    ) || chain.contains(TUN);
-    let code = if unfit {
-        ErrorCode::HostUnfit
-    } else {
-        ErrorCode::Internal
-    };
-    let body = ErrorBody::from_error(code, error);
-    if chain.contains(TUN) {
-        return body.hint(TUN_HINT);
-    }
-    if unfit {
-        body.hint("`banger doctor` checks the host")
-    } else {
-        body
-    }
 }
 
 /// After a failed start: no process and no port of it is left. The attempt's folder stays until the reason is recorded.
