@@ -12,10 +12,14 @@ const UDEV_RULES: (&str, &str) = (
     "lib/udev/rules.d/60-banger.rules",
 );
 
-/// The units of the root helper, from the checkout to below the prefix. They say where programs are.
+/// The units of the root helper, from the checkout to below the prefix. Units say where programs are.
 const UNITS: [&str; 2] = ["banger-helper.socket", "banger-helper.service"];
 const UNITS_FROM: &str = "crates/banger-helper/units";
 const UNITS_TO: &str = "lib/systemd/system";
+/// The units of each user's daemon, which each user enables.
+const USER_UNITS: [&str; 2] = ["bangerd.service", "banger-guests.service"];
+const USER_UNITS_FROM: &str = "crates/banger-daemon/units";
+const USER_UNITS_TO: &str = "lib/systemd/user";
 /// Prefixes below which systemd looks for units.
 const SEARCHED: [&str; 2] = ["/usr", "/usr/local"];
 
@@ -65,30 +69,48 @@ pub(crate) fn install(prefix: &str) -> Result<()> {
     let to = destination(prefix)?.join(to);
     place(&root().join(from), &to, 0o644)?;
     println!("{}", to.display());
-    install_units(prefix, &destination(prefix)?)?;
+    for path in install_units(prefix, &destination(prefix)?)? {
+        println!("{}", path.display());
+    }
     if is_live(prefix) {
         systemctl(&["daemon-reload"])?;
         systemctl(&["enable", "--now", UNITS[0]])?;
         // One that watches over instances goes on as the new program; it remembers all that it needs.
         systemctl(&["try-restart", UNITS[1]])?;
         println!("banger-helper serves at /run/banger-helper.sock");
+        println!("each user: `banger daemon enable` starts the daemon with this host");
     }
     Ok(())
 }
 
-/// Puts the units below `to`, with the programs' place as it will be once `to` is `prefix`.
-fn install_units(prefix: &str, to: &Path) -> Result<()> {
-    for unit in UNITS {
-        let from = root().join(UNITS_FROM).join(unit);
-        let to = to.join(UNITS_TO).join(unit);
+/// All units, from the checkout to below the prefix.
+fn units() -> impl Iterator<Item = (PathBuf, PathBuf)> {
+    let paths = |units: [&'static str; 2], from: &'static str, to: &'static str| {
+        units.map(|unit| (Path::new(from).join(unit), Path::new(to).join(unit)))
+    };
+    paths(UNITS, UNITS_FROM, UNITS_TO).into_iter().chain(paths(
+        USER_UNITS,
+        USER_UNITS_FROM,
+        USER_UNITS_TO,
+    ))
+}
+
+/// Puts the units below `to`, with the programs' place as it will be once `to` is `prefix`. Says where they are.
+fn install_units(prefix: &str, to: &Path) -> Result<Vec<PathBuf>> {
+    let below = |folder: &str| Path::new(prefix).join(folder).display().to_string();
+    let mut installed = Vec::new();
+    for (from, unit) in units() {
+        let from = root().join(from);
+        let to = to.join(unit);
         let text = std::fs::read_to_string(&from)
             .map_err(Failure::io(format!("cannot read `{}`", from.display())))?;
-        let libexec = Path::new(prefix).join("libexec/banger");
-        let text = text.replace("@LIBEXEC@", &libexec.display().to_string());
+        let text = text
+            .replace("@LIBEXEC@", &below("libexec/banger"))
+            .replace("@BIN@", &below("bin"));
         write(&to, text.as_bytes(), 0o644)?;
-        println!("{}", to.display());
+        installed.push(to);
     }
-    Ok(())
+    Ok(installed)
 }
 
 /// Whether what is installed is what the running systemd sees: no package is built, and it looks there.
@@ -107,8 +129,8 @@ pub(crate) fn uninstall(prefix: &str) -> Result<()> {
     let live = is_live(prefix);
     let prefix = destination(prefix)?;
     let rules = prefix.join(UDEV_RULES.1);
-    let units = UNITS.map(|unit| prefix.join(UNITS_TO).join(unit));
-    if live && units[0].exists() {
+    let units = units().map(|(_, unit)| prefix.join(unit));
+    if live && prefix.join(UNITS_TO).join(UNITS[0]).exists() {
         systemctl(&["disable", "--now", UNITS[0], UNITS[1]])?;
     }
     for path in places(&prefix)
@@ -153,15 +175,35 @@ mod tests {
     }
 
     #[test]
-    fn the_units_name_the_program_where_it_will_be_and_nothing_is_left_to_fill_in() {
+    fn the_units_name_the_programs_where_they_will_be_and_nothing_is_left_to_fill_in() {
         let folder = tempfile::tempdir().unwrap();
-        install_units("/usr/local", &folder.path().join("usr/local")).unwrap();
-        let units = folder.path().join("usr/local/lib/systemd/system");
-        let read = |unit: &str| std::fs::read_to_string(units.join(unit)).unwrap();
-        let service = read("banger-helper.service");
+        let installed = install_units("/usr/local", &folder.path().join("usr/local")).unwrap();
+        let below = folder.path().join("usr/local/lib/systemd");
+        let read = |unit: &str| std::fs::read_to_string(below.join(unit)).unwrap();
+        let service = read("system/banger-helper.service");
         assert!(service.contains("ExecStart=/usr/local/libexec/banger/banger-helper\n"));
-        assert!(read("banger-helper.socket").contains("=/run/banger-helper.sock\n"));
-        assert!(UNITS.iter().all(|unit| !read(unit).contains('@')));
+        assert!(read("system/banger-helper.socket").contains("=/run/banger-helper.sock\n"));
+        let daemon = read("user/bangerd.service");
+        assert!(daemon.contains("ExecStart=/usr/local/libexec/banger/bangerd\n"));
+        let guests = read("user/banger-guests.service");
+        assert!(guests.contains("ExecStop=/usr/local/bin/banger daemon stop --vms "));
+        assert_eq!(installed.len(), 4);
+        for path in installed {
+            let text = std::fs::read_to_string(&path).unwrap();
+            assert!(!text.contains('@'), "{}", path.display());
+        }
+    }
+
+    /// A restart of the daemon leaves VMs alone, whoever asks for it, and the guests' unit goes first.
+    #[test]
+    fn vms_outlive_their_daemon_and_are_stopped_before_it() {
+        let read =
+            |unit: &str| std::fs::read_to_string(root().join(USER_UNITS_FROM).join(unit)).unwrap();
+        let (daemon, guests) = (read(USER_UNITS[0]), read(USER_UNITS[1]));
+        assert!(daemon.contains("\nKillMode=process\n"));
+        assert!(daemon.contains("\nWants=banger-guests.service\n"));
+        assert!(guests.contains("\nAfter=bangerd.service\n"));
+        assert!(!guests.contains("Requires=") && !guests.contains("PartOf="));
     }
 
     #[test]

@@ -238,8 +238,9 @@ fn programs_are_started_in_few_places() {
         "crates/banger-vmm/src/shim",
         // mmdebstrap and its kin.
         "crates/banger-image/src/run.rs",
-        // The daemon and ssh.
+        // The daemon, systemctl and loginctl, and ssh.
         "crates/banger-cli/src/ensure_daemon",
+        "crates/banger-cli/src/systemd.rs",
         "crates/banger-cli/src/commands/vm/ssh.rs",
         // What the guest's image is made of.
         "crates/banger-guest/src/",

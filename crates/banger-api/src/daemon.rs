@@ -2,6 +2,7 @@
 
 use banger_core::addr::Pool;
 use banger_core::id::InstanceId;
+use banger_core::phase::GoingDown;
 use banger_core::spec::Driver;
 use jiff::Timestamp;
 use schemars::JsonSchema;
@@ -66,6 +67,9 @@ pub struct DaemonStatus {
 pub struct StopDaemon {
     /// Stop all VMs first; without it they run on.
     pub vms: bool,
+    /// Why `vms` are stopped, if it is not that a person wants them off: they are still to run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub going_down: Option<GoingDown>,
 }
 
 /// A VMM that was looked for.

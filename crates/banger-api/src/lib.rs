@@ -14,5 +14,6 @@ pub mod network;
 pub mod openapi;
 pub mod operation;
 pub mod paths;
+pub mod unit;
 pub mod version;
 pub mod vm;

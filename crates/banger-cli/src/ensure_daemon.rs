@@ -2,11 +2,12 @@
 //!
 //! A daemon that listens and whose lock file names the very build that this program would start is used without a
 //! question. Else probe the socket; if nobody answers, take the start-up lock, probe again, spawn `bangerd` and read
-//! its one line of readiness. A daemon of another build than the `bangerd` this program would start is stopped first, at most once a
+//! its one line of readiness; or have systemd start it, where that starts it with the host as well. A daemon of another build than the `bangerd` this program would start is stopped first, at most once a
 //! minute; its VMs run on.
 
 use crate::context::{Daemon, own_program};
-use crate::report::{Failure, note};
+use crate::report::{Failure, note, warn};
+use crate::systemd;
 use banger_api::client::{Client, ClientError, DaemonIdentity};
 use banger_api::daemon::{DaemonStatus, StopDaemon};
 use banger_api::endpoint::{GetDaemon, Nothing, PostDaemonStop};
@@ -83,7 +84,7 @@ pub(crate) async fn ensure(paths: &Paths, mode: Mode) -> Result<Daemon, Failure>
             }
             note("the running daemon is of another build; it is replaced (VMs run on)");
             touch_stamp(paths);
-            stop(&client, paths, StopDaemon { vms: false }, STOP_LIMIT).await?;
+            stop(&client, paths, StopDaemon::default(), STOP_LIMIT).await?;
         }
     }
     start(&client, paths).await
@@ -95,7 +96,7 @@ pub(crate) async fn restart(paths: &Paths) -> Result<Daemon, Failure> {
     let client = Client::new(paths.socket());
     let _lock = take_start_lock(paths)?;
     if !matches!(probe(&client).await?, Probe::Absent(_)) {
-        stop(&client, paths, StopDaemon { vms: false }, STOP_LIMIT).await?;
+        stop(&client, paths, StopDaemon::default(), STOP_LIMIT).await?;
     }
     start(&client, paths).await
 }
@@ -361,9 +362,22 @@ async fn stop(
     ))
 }
 
-/// Spawns the daemon and asks it for its status. The caller holds the start-up lock.
+/// Starts the daemon and asks it for its status. The caller holds the start-up lock.
 async fn start(client: &Client, paths: &Paths) -> Result<Daemon, Failure> {
-    spawn::spawn(&bangerd()?)?;
+    let program = bangerd()?;
+    let started = systemd::starts(paths, &program).then(systemd::start);
+    match started {
+        Some(Ok(())) => {}
+        Some(Err(failure)) => {
+            // The daemon itself says best why it does not start, if that is what went wrong.
+            spawn::spawn(&program)?;
+            warn(
+                &failure.0.message,
+                &["the daemon was started without systemd".to_owned()],
+            );
+        }
+        None => spawn::spawn(&program)?,
+    }
     match probe(client).await? {
         Probe::Answers(status, _) => {
             for notice in &status.notices {

@@ -11,6 +11,7 @@ mod output;
 mod progress;
 mod report;
 mod ssh;
+mod systemd;
 mod value;
 
 use clap::{CommandFactory, Parser};

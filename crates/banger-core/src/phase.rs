@@ -103,8 +103,39 @@ pub enum StopReason {
     },
     /// The host was rebooted or lost power while the VM ran.
     HostRebooted,
+    /// It was stopped because its user had logged out, which ends what the user left running.
+    UserLoggedOut,
+    /// It was stopped because the host was shutting down or rebooting.
+    HostShutDown,
     /// The VM ended while nobody watched, and left no word why.
     Unknown,
+}
+
+impl StopReason {
+    /// Whether it stopped only because what it ran on went; it is still to run.
+    pub const fn is_going_down(&self) -> bool {
+        matches!(self, Self::UserLoggedOut | Self::HostShutDown)
+    }
+}
+
+/// What goes, and takes every VM with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum GoingDown {
+    /// The user has logged out, and nothing of theirs may stay.
+    User,
+    /// The host shuts down or reboots.
+    Host,
+}
+
+impl GoingDown {
+    /// Why a VM is stopped that was stopped for this.
+    pub const fn stop_reason(self) -> StopReason {
+        match self {
+            Self::User => StopReason::UserLoggedOut,
+            Self::Host => StopReason::HostShutDown,
+        }
+    }
 }
 
 impl std::fmt::Display for StopReason {
@@ -123,6 +154,8 @@ impl std::fmt::Display for StopReason {
             Self::StartCancelled => f.write_str("start cancelled"),
             Self::VmmDied { status } => write!(f, "the VMM died ({status})"),
             Self::HostRebooted => f.write_str("host rebooted"),
+            Self::UserLoggedOut => f.write_str("user logged out"),
+            Self::HostShutDown => f.write_str("host shut down"),
             Self::Unknown => f.write_str("unknown"),
         }
     }

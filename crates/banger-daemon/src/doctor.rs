@@ -1,6 +1,7 @@
 //! `banger doctor`: what this host can do, and what to do about what it cannot.
 
 use crate::drivers::describe_kvm;
+use crate::host_boot;
 use crate::server::App;
 use banger_api::daemon::{Check, Mode, Verdict};
 use banger_api::host::Mended;
@@ -173,6 +174,7 @@ fn look(app: &App) -> Vec<Check> {
         },
     );
     checks.push(images(app));
+    checks.push(host_boot::check());
     checks
 }
 

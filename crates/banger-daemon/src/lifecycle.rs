@@ -11,6 +11,7 @@ use crate::instance::{self, Origin};
 use crate::log::{self, BoundedLog};
 use crate::names::{self, Names};
 use crate::network::{Network, NetworkSetup};
+use crate::notify::{self, notify};
 use crate::operations::Operations;
 use crate::record::VmRecord;
 use crate::registry::Registry;
@@ -134,6 +135,7 @@ async fn run() -> Result<(), ErrorBody> {
     say_build(&lock, &world.build);
     let watcher = tokio::spawn(keep_socket(paths.socket(), app.clone()));
     announce(&serde_json::json!({ "ready": true }));
+    notify(notify::READY);
     let server = tokio::spawn(server::serve(listener, app.clone(), async move {
         // The sender lives as long as the world.
         let _ = down.wait_for(|down| *down).await;
@@ -141,6 +143,7 @@ async fn run() -> Result<(), ErrorBody> {
     let mut down = world.shutdown.subscribe();
     let _ = down.wait_for(|down| *down).await;
     tracing::info!("going down");
+    notify(notify::STOPPING);
     say_build(&lock, "");
     // Never let go of: it is free when the process is gone, which is what those who wait for it wait for.
     std::mem::forget(lock);
@@ -411,17 +414,19 @@ fn host_side(wanted: Option<Mode>) -> Result<(Mode, Option<HostSide>), ErrorBody
     }
 }
 
-/// What nobody waits for at the start: leftovers on the host go, and VMs with autostart come back, once per boot of
-/// the host.
+/// What nobody waits for at the start: leftovers on the host go, and VMs with autostart come back: all of them once per
+/// boot of the host, and at any time those that were stopped because host or user went.
 async fn settle(app: App) {
     if let Err(error) = app.world.network.settle().await {
         let error = banger_host::error_chain(&error);
         tracing::warn!(error, "what is left of the network on the host stays");
     }
-    if !instance::first_start_of_boot(&app.world.paths.state, &app.world.boot_id) {
-        return;
-    }
-    for outcome in app.registry.restore(true).await {
+    let first = instance::first_start_of_boot(&app.world.paths.state, &app.world.boot_id);
+    let outcomes = app
+        .registry
+        .restore(|record| comes_back(record, first))
+        .await;
+    for outcome in outcomes {
         match outcome.error {
             None => tracing::info!(vm = %outcome.id, name = %outcome.name, "started with the host"),
             Some(error) => {
@@ -429,6 +434,11 @@ async fn settle(app: App) {
             }
         }
     }
+}
+
+/// Whether a VM that is to run is started with the daemon, which is the `first` one of this boot of the host or not.
+fn comes_back(record: &VmRecord, first: bool) -> bool {
+    record.spec.autostart && (first || record.last_stop.is_going_down())
 }
 
 /// Gives VMs whose address is not of this instance's pool another one: the state folder was copied, or the pool

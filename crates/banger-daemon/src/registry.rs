@@ -342,15 +342,15 @@ impl Registry {
         })
     }
 
-    /// Starts all stopped VMs that are to run; of those with autostart alone, if asked.
-    pub(crate) async fn restore(&self, autostart: bool) -> Vec<Outcome> {
-        let wanted = self.list(false).into_iter().filter(|handle| {
+    /// Starts all stopped VMs that are to run, and of which `wanted` says so.
+    pub(crate) async fn restore(&self, wanted: impl Fn(&VmRecord) -> bool) -> Vec<Outcome> {
+        let stopped = self.list(false).into_iter().filter(|handle| {
             let view = handle.view.borrow();
             matches!(view.phase, Phase::Stopped { .. })
                 && view.record.desired == Desired::On
-                && (!autostart || view.record.spec.autostart)
+                && wanted(&view.record)
         });
-        each(wanted.collect(), Ask::new(Request::Start)).await
+        each(stopped.collect(), Ask::new(Request::Start)).await
     }
 
     /// Removes all VMs in the trash for ever; those alone that have been there since before `until`, if it is given.

@@ -420,6 +420,109 @@ fn stopping_the_daemon_stops_vms_only_if_asked() {
     assert_eq!(stopped["phase"]["why"]["reason"], "asked");
 }
 
+/// Two running VMs, of which `otter` has autostart.
+fn otter_and_finch(env: &TestEnv) -> [Value; 2] {
+    let vms = ["otter", "finch"].map(|name| create(env, name));
+    env.ok(&["vm", "set", "otter", "--autostart", "on"]);
+    vms
+}
+
+/// Waits until `otter` has come back by itself, finds `finch` stopped with `reason`, and has it restored.
+#[track_caller]
+fn assert_come_back(env: &TestEnv, reason: &str) {
+    env.ok(&["daemon", "start"]);
+    eventually("otter comes back by itself", || {
+        (state(&env.vm("otter")) == "running").then_some(())
+    });
+    let finch = env.vm("finch");
+    assert_eq!(
+        (state(&finch), finch["desired"].as_str()),
+        ("stopped", Some("on")),
+        "{finch:#}"
+    );
+    assert_eq!(finch["phase"]["why"]["reason"], reason);
+    env.ok(&["vm", "restore"]);
+    assert_eq!(state(&env.vm("finch")), "running");
+    env.ok(&["daemon", "stop", "--vms"]);
+}
+
+#[test]
+#[ignore = "system test"]
+fn vms_are_stopped_because_the_host_goes_down_and_only_then_and_are_still_to_run() {
+    let Some(env) = TestEnv::scripted(
+        "vms_are_stopped_because_the_host_goes_down_and_only_then_and_are_still_to_run",
+        "",
+    ) else {
+        return;
+    };
+    // In systemd's place: the first word of its file is what it says of host and user.
+    let programs = env.folder().join("systemd");
+    std::fs::create_dir(&programs).unwrap();
+    let systemctl = programs.join("systemctl");
+    let says = |host: &str, user: &str| {
+        let script =
+            format!("#!/bin/sh\n[ \"$1\" = --user ] && echo {user} || echo {host}\nexit 1\n");
+        std::fs::write(&systemctl, script).unwrap();
+        let all = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&systemctl, all).unwrap();
+    };
+    let path = format!(
+        "{}:{}",
+        programs.display(),
+        std::env::var("PATH").unwrap_or_default()
+    );
+    let stop = || {
+        let output = env.banger_with(
+            &[("PATH", &path)],
+            &["daemon", "stop", "--vms", "--if-going-down"],
+        );
+        assert_eq!(output.status, 0, "{output:?}");
+    };
+    let vms = otter_and_finch(&env);
+    says("running", "running");
+    stop();
+    let otter = env.vm("otter");
+    assert_eq!(pid(&otter, "vmm_pid"), pid(&vms[0], "vmm_pid"));
+
+    for (host, user, reason) in [
+        ("running", "stopping", "user-logged-out"),
+        ("stopping", "stopping", "host-shut-down"),
+    ] {
+        says(host, user);
+        stop();
+        assert_eq!(env.host(), Host::default());
+        assert_come_back(&env, reason);
+        env.ok(&["vm", "start", "otter"]);
+        env.ok(&["vm", "start", "finch"]);
+    }
+    env.ok(&["daemon", "stop", "--vms"]);
+}
+
+#[test]
+#[ignore = "system test"]
+fn after_a_reboot_of_the_host_vms_say_so_and_come_back() {
+    let Some(env) = TestEnv::scripted("after_a_reboot_of_the_host_vms_say_so_and_come_back", "")
+    else {
+        return;
+    };
+    let vms = otter_and_finch(&env);
+    // What a power cut leaves: no process, and files of another boot.
+    env.kill_daemon();
+    for vm in &vms {
+        for which in ["shim_pid", "vmm_pid"] {
+            let pid = pid(vm, which);
+            signal(pid, Signal::KILL);
+            assert!(wait_exit(pid, LIMIT), "{which} does not die");
+        }
+        let path = env.vm_folder(id(vm)).join("run/attempt.json");
+        let mut attempt: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        attempt["boot_id"] = "another".into();
+        std::fs::write(&path, attempt.to_string()).unwrap();
+    }
+    std::fs::write(env.state().join("boot"), "another").unwrap();
+    assert_come_back(&env, "host-rebooted");
+}
+
 #[test]
 #[ignore = "system test"]
 fn a_daemon_whose_stop_was_given_up_starts_vms_again() {

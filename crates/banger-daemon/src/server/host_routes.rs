@@ -2,6 +2,7 @@
 
 use super::{App, Call, json_route, raw_route};
 use crate::network::status;
+use crate::record::VmRecord;
 use crate::vm::{Ask, Change};
 use crate::{convert, doctor, ledger, metrics, names};
 use axum::Router;
@@ -23,7 +24,9 @@ pub(super) fn routes(router: Router<App>) -> Router<App> {
     let router = json_route::<DeleteVmJoins, _>(router, |call| join(call, false));
     let router = json_route::<PostRestore, _>(router, |call| async move {
         super::routes::going_down(&call)?;
-        Ok(call.app.registry.restore(call.request.autostart).await)
+        let autostart = call.request.autostart;
+        let wanted = |record: &VmRecord| !autostart || record.spec.autostart;
+        Ok(call.app.registry.restore(wanted).await)
     });
     let router = json_route::<PostTrashEmpty, _>(router, |call| async move {
         Ok(call.app.registry.empty_trash(None).await)

@@ -166,10 +166,15 @@ async fn stop_daemon(call: Call<StopDaemon>) -> Result<Nothing, ErrorBody> {
     let _draining = Draining::begin(world);
     let mut live = call.app.registry.list(false);
     live.retain(|handle| handle.view.borrow().phase.is_live());
-    let stop = |handle: Handle| async move {
-        let stopped = handle.ask(Ask::new(Request::Stop)).await;
+    let going_down = call.request.going_down;
+    let stop = move |handle: Handle| async move {
+        let ask = |request| Ask {
+            going_down,
+            ..Ask::new(request)
+        };
+        let stopped = handle.ask(ask(Request::Stop)).await;
         if stopped.is_err() {
-            handle.ask(Ask::new(Request::Kill)).await
+            handle.ask(ask(Request::Kill)).await
         } else {
             stopped
         }

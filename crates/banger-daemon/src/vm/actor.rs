@@ -15,7 +15,7 @@ use banger_api::event::EventKind;
 use banger_api::vm::JournalEntry;
 use banger_core::decide::{Action, Decision, Deny, Request, Standing, decide};
 use banger_core::id::VmId;
-use banger_core::phase::{Desired, PausedBy, Phase, StartStep};
+use banger_core::phase::{Desired, GoingDown, PausedBy, Phase, StartStep};
 use banger_vmm::protocol::{Status, Verb};
 use jiff::Timestamp;
 use std::pin::Pin;
@@ -212,6 +212,7 @@ pub(crate) fn spawn(
         record,
         run: Run::Idle,
         view,
+        going_down: None,
     };
     let (looked, recovered) = oneshot::channel();
     tokio::spawn(actor.live(inbox, found, looked));
@@ -229,6 +230,8 @@ pub(super) struct Actor {
     pub(super) record: Arc<VmRecord>,
     pub(super) run: Run,
     pub(super) view: watch::Sender<View>,
+    /// What the stop that is under way is for, if not for a person: the VM is still to run.
+    pub(super) going_down: Option<GoingDown>,
 }
 
 impl Actor {
@@ -343,9 +346,13 @@ impl Actor {
             answer_to(reply, answer);
             return;
         }
+        if matches!(ask.request, Request::Stop | Request::Kill) && !self.is_stopping_for_good() {
+            self.going_down = ask.going_down;
+        }
         match decide(standing, ask.request) {
             Decision::AlreadyThere => {
                 if matches!(ask.request, Request::Stop | Request::Kill)
+                    && ask.going_down.is_none()
                     && self.record.desired == Desired::On
                     && !trashed
                 {
@@ -371,6 +378,14 @@ impl Actor {
             }
             Decision::Run(action) => self.act(action, ask, reply).await,
         }
+    }
+
+    /// Whether a person has asked for the stop that is under way.
+    fn is_stopping_for_good(&mut self) -> bool {
+        let going_down = self.going_down.is_some();
+        self.run
+            .stopping()
+            .is_some_and(|stopping| stopping.then_start.is_empty() && !going_down)
     }
 
     pub(super) fn answer(&self, reply: Reply) {
@@ -541,8 +556,10 @@ impl Actor {
             format!("the restart of `{name}` was cancelled by a stop"),
         );
         reply_all(starters, &Err(error));
-        self.change_anyway(|record| record.desired = Desired::Off)
-            .await;
+        if self.going_down.is_none() {
+            self.change_anyway(|record| record.desired = Desired::Off)
+                .await;
+        }
     }
 
     pub(super) fn undead(&self) -> ErrorBody {

@@ -2,7 +2,7 @@
 
 use super::actor::{Actor, LOOK_AGAIN, Reply, Run, Stopping, reply_all};
 use super::start_plan::reap;
-use super::stop_reason::{Intent, reason};
+use super::stop_reason::{Intent, or_going_down, reason};
 use super::teardown::{clear_run, close_storage, end_processes, release_port, sync_disks};
 use crate::crash::{Side, point};
 use banger_api::error::{ErrorBody, ErrorCode};
@@ -96,7 +96,7 @@ impl Actor {
         then_start: Vec<Reply>,
     ) {
         point("stop", "desired", Side::Before);
-        if then_start.is_empty() {
+        if then_start.is_empty() && self.going_down.is_none() {
             self.change_anyway(|record| record.desired = Desired::Off)
                 .await;
         }
@@ -219,7 +219,7 @@ impl Actor {
             Intent::None if asked => Intent::Stop { forced: false },
             other => other,
         };
-        let why = reason(intent, exit.as_ref());
+        let why = or_going_down(reason(intent, exit.as_ref()), self.going_down);
         close_storage(&self.world, &self.record, "stop").await;
         point("stop", "sync", Side::Before);
         sync_disks(&self.files).await;
@@ -237,6 +237,8 @@ impl Actor {
             | StopReason::StartCancelled
             | StopReason::VmmDied { .. }
             | StopReason::HostRebooted
+            | StopReason::UserLoggedOut
+            | StopReason::HostShutDown
             | StopReason::Unknown => false,
         };
         self.stopped(why, off, Some(attempt)).await;
@@ -256,10 +258,7 @@ impl Actor {
     /// Records that the VM is stopped, and why; `attempt` is the run that ended.
     pub(super) async fn stopped(&mut self, why: StopReason, off: bool, attempt: Option<String>) {
         let boot = self.view.borrow().boot.clone();
-        let ran = !matches!(
-            why,
-            StopReason::StartFailed { .. } | StopReason::StartCancelled
-        );
+        let ran = attempt.is_some();
         point("stop", "record", Side::Before);
         self.change_anyway(|record| {
             record.last_stop = why.clone();
@@ -272,6 +271,7 @@ impl Actor {
         })
         .await;
         point("stop", "record", Side::After);
+        self.going_down = None;
         self.note("stop", format!("stopped: {why}"), None);
         self.publish(|view| {
             view.phase = Phase::Stopped { why };

@@ -26,7 +26,7 @@ use banger_api::vm::{Attempt, BootTimes};
 use banger_core::decide::Request;
 use banger_core::id::VmId;
 use banger_core::name::VmName;
-use banger_core::phase::Phase;
+use banger_core::phase::{GoingDown, Phase};
 use banger_core::size::DiskBytes;
 use banger_core::spec::{Driver, Storage, VmSpecPatch};
 use jiff::Timestamp;
@@ -90,6 +90,8 @@ pub(crate) struct Ask {
     /// For [`Request::Pause`] and [`Request::Resume`]: asked by the daemon, because the host has no room, or has it
     /// again.
     pub(crate) for_room: bool,
+    /// For [`Request::Stop`] and [`Request::Kill`]: not for good, but because of this.
+    pub(crate) going_down: Option<GoingDown>,
 }
 
 impl Ask {
@@ -105,6 +107,7 @@ impl Ask {
             name: None,
             purge: false,
             for_room: false,
+            going_down: None,
         }
     }
 }

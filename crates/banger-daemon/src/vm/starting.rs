@@ -3,7 +3,7 @@
 use super::actor::{Actor, Live, Reply, Run, Starting, reply_all};
 use super::link::Link;
 use super::start_plan::{StartError, StartPlan, Started, Wish, unwind};
-use super::stop_reason::Intent;
+use super::stop_reason::{Intent, or_going_down};
 use super::{Ask, AttemptFile};
 use crate::convert;
 use banger_api::error::{ErrorBody, ErrorCode};
@@ -107,6 +107,7 @@ impl Actor {
             then,
             ..
         } = *starting;
+        let going_down = self.going_down;
         match outcome {
             Ok(started) => {
                 self.note(
@@ -165,7 +166,7 @@ impl Actor {
             }) => {
                 let unwound = unwind(&self.world, &self.record).await;
                 let why = if cancelled {
-                    StopReason::StartCancelled
+                    or_going_down(StopReason::StartCancelled, going_down)
                 } else {
                     let causes = error.causes.iter().map(|cause| format!(": {cause}"));
                     let text = std::iter::once(error.message.clone())
@@ -177,7 +178,8 @@ impl Actor {
                 match unwound {
                     Ok(problems) => {
                         error.causes.extend(problems);
-                        self.stopped(why, cancelled || unstored, None).await;
+                        let off = cancelled && going_down.is_none();
+                        self.stopped(why, off || unstored, None).await;
                         self.clear_run("unwind").await;
                     }
                     Err(alive) => {
@@ -210,8 +212,10 @@ impl Actor {
             self.set(&ask, reply).await;
         }
         if !cancellers.is_empty() {
-            self.change_anyway(|record| record.desired = Desired::Off)
-                .await;
+            if going_down.is_none() {
+                self.change_anyway(|record| record.desired = Desired::Off)
+                    .await;
+            }
             let done = match (&self.run, &then) {
                 (Run::Idle, Some(ask)) => self.trash(ask.purge).await,
                 (Run::Idle, None) => Ok(()),

@@ -1,6 +1,6 @@
 //! Why a VM stopped, from what its VMM left.
 
-use banger_core::phase::StopReason;
+use banger_core::phase::{GoingDown, StopReason};
 use banger_vmm::protocol::{Exit, LastEvent};
 
 /// What the daemon itself had asked for when the VMM ended.
@@ -42,9 +42,41 @@ pub(super) fn reason(intent: Intent, exit: Option<&Exit>) -> StopReason {
     }
 }
 
+/// `why`, or what goes down if that is what the VM was stopped for. What ended it by itself meanwhile stays the reason.
+pub(super) fn or_going_down(why: StopReason, going_down: Option<GoingDown>) -> StopReason {
+    match (going_down, &why) {
+        (
+            Some(going_down),
+            StopReason::Asked
+            | StopReason::AskedThenForced
+            | StopReason::Killed
+            | StopReason::StartCancelled,
+        ) => going_down.stop_reason(),
+        (Some(_) | None, _) => why,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stop_for_the_host_is_told_from_one_that_a_person_wanted() {
+        let host = Some(GoingDown::Host);
+        assert_eq!(
+            or_going_down(StopReason::AskedThenForced, host),
+            StopReason::HostShutDown
+        );
+        assert_eq!(
+            or_going_down(StopReason::StartCancelled, Some(GoingDown::User)),
+            StopReason::UserLoggedOut
+        );
+        assert_eq!(
+            or_going_down(StopReason::GuestPanic, host),
+            StopReason::GuestPanic
+        );
+        assert_eq!(or_going_down(StopReason::Asked, None), StopReason::Asked);
+    }
 
     fn exit(last_event: LastEvent) -> Exit {
         Exit {

@@ -1,5 +1,6 @@
 //! `banger daemon`.
 
+mod enable;
 mod logs;
 mod start;
 mod status;
@@ -19,6 +20,8 @@ pub(crate) enum DaemonCommand {
     Start(start::StartArgs),
     Stop(stop::StopArgs),
     Restart(start::RestartArgs),
+    Enable(enable::EnableArgs),
+    Disable(enable::DisableArgs),
     Logs(logs::LogsArgs),
 }
 
@@ -28,6 +31,8 @@ pub(crate) fn run(command: DaemonCommand) -> Outcome {
         DaemonCommand::Start(args) => start::run(args),
         DaemonCommand::Stop(args) => stop::run(args),
         DaemonCommand::Restart(args) => start::restart(args),
+        DaemonCommand::Enable(args) => enable::enable(args),
+        DaemonCommand::Disable(args) => enable::disable(args),
         DaemonCommand::Logs(args) => logs::run(args),
     }
 }

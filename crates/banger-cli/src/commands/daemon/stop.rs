@@ -1,8 +1,9 @@
 //! `banger daemon stop`.
 
 use crate::context::{Context, block_on};
-use crate::ensure_daemon::stop_if_running;
+use crate::ensure_daemon::{status, stop_if_running};
 use crate::report::{Outcome, note};
+use crate::systemd;
 use banger_api::daemon::StopDaemon;
 use std::time::Duration;
 
@@ -19,17 +20,33 @@ pub(crate) struct StopArgs {
     /// Stop all VMs first, in order
     #[arg(long)]
     vms: bool,
+    /// Do nothing unless the host shuts down or you have logged out; VMs are then still to run
+    #[arg(long, requires = "vms", hide = true)]
+    if_going_down: bool,
 }
 
 pub(crate) fn run(args: StopArgs) -> Outcome {
     let context = Context::from_env()?;
+    let going_down = if args.if_going_down {
+        let Some(going_down) = systemd::what_goes_down() else {
+            note("neither the host nor your systemd goes down: VMs run on");
+            return Ok(0);
+        };
+        Some(going_down)
+    } else {
+        None
+    };
+    let request = StopDaemon {
+        vms: args.vms,
+        going_down,
+    };
     block_on(async {
-        if args.vms {
-            // Only a daemon can stop VMs that outlived the last one.
+        // Only a daemon can stop VMs that outlived the last one. One that goes down in any case is not replaced first.
+        if args.vms && (going_down.is_none() || status(&context.paths).await?.is_none()) {
             context.daemon().await?;
         }
         let limit = if args.vms { LIMIT_WITH_VMS } else { LIMIT };
-        if !stop_if_running(&context.paths, StopDaemon { vms: args.vms }, limit).await? {
+        if !stop_if_running(&context.paths, request, limit).await? {
             note("the daemon does not run");
         }
         Ok(0)

@@ -42,7 +42,9 @@ fn reason(why: &StopReason) -> String {
         | StopReason::GuestReboot
         | StopReason::GuestPanic
         | StopReason::StartCancelled
-        | StopReason::HostRebooted => why.to_string(),
+        | StopReason::HostRebooted
+        | StopReason::UserLoggedOut
+        | StopReason::HostShutDown => why.to_string(),
     }
 }
 
