@@ -9,7 +9,8 @@ use super::tag::Tag;
 use super::{closed, descriptor, forwarding, resolved, veth};
 use crate::net::host::HostOpError;
 use crate::net::links::{Link, Links};
-use crate::net::watch::Watch;
+use crate::net::resolver_starts::ResolverStarts;
+use crate::net::watch::{Changes, Watch};
 use crate::op::{HostAnswer, HostOp, NatReport, OwnedKind, OwnedObject, ResolvedReport};
 use crate::storage::ops;
 use banger_core::addr::Pool;
@@ -149,7 +150,7 @@ impl Host {
         self.work()?.settle()
     }
 
-    /// Settles now, and again whenever somebody changes the packet filter, links, routes or forwarding, in a thread of
+    /// Settles now, and again whenever somebody changes the packet filter, links, routes or forwarding, or starts the resolver, in a thread of
     /// its own: until the answer is dropped, or `report`, which hears every outcome, breaks off. After a
     /// [`HostOpError::Watch`] nobody keeps it any more.
     ///
@@ -159,24 +160,34 @@ impl Host {
         &self,
         mut report: impl FnMut(Result<Settled, HostOpError>) -> ControlFlow<()> + Send + 'static,
     ) -> io::Result<Keeping> {
-        let watch = Watch::open()?;
+        let watch = Watch::open()?.with_resolver(ResolverStarts::open()?);
         let (until, alive) = io::pipe()?;
         let host = Self::with_folder(self.folder.clone());
         std::thread::Builder::new()
             .name("keep-host".to_owned())
             .spawn(move || {
-                while report(host.settle()).is_continue() {
-                    match watch.wait(None, Some(until.as_fd())) {
-                        Ok(Some(_)) => {}
+                let mut settled = host.settle();
+                while report(settled).is_continue() {
+                    settled = match watch.wait(None, Some(until.as_fd())) {
+                        Ok(Some(changes)) => host.settle_after(changes),
                         Ok(None) => return,
                         Err(error) => {
                             let _ = report(Err(HostOpError::Watch(error)));
                             return;
                         }
-                    }
+                    };
                 }
             })?;
         Ok(Keeping { _alive: alive })
+    }
+
+    fn settle_after(&self, changes: Changes) -> Result<Settled, HostOpError> {
+        let mut work = self.work()?;
+        let mut settled = work.settle()?;
+        if changes.resolver {
+            settled.failed.extend(work.tell_resolver()?);
+        }
+        Ok(settled)
     }
 
     fn work(&self) -> Result<Work, HostOpError> {
@@ -383,6 +394,23 @@ impl Work {
         }
         record.dns = None;
         Ok(self.ledger.save(&record)?)
+    }
+
+    /// Tells the host's resolver again what it was told. Answers for whom that failed.
+    fn tell_resolver(&mut self) -> Result<Vec<(InstanceId, HostOpError)>, HostOpError> {
+        let mut failed = Vec::new();
+        for record in self.ledger.records()? {
+            let Some(dns) = record.dns else { continue };
+            // Else it was forgotten just now, or has another owner.
+            if !matches!(veth::find(&mut self.links, record.tag()), Ok(Some(_))) {
+                continue;
+            }
+            let link = record.instance.veth_name();
+            if let Err(error) = resolved::route(&link, record.pool.guests(), dns) {
+                failed.push((record.instance, HostOpError::Resolved(error)));
+            }
+        }
+        Ok(failed)
     }
 
     fn list_owned(&mut self, caller: Caller) -> Result<Vec<OwnedObject>, HostOpError> {

@@ -11,6 +11,7 @@ pub mod namespace;
 pub mod nft;
 pub mod pasta;
 pub mod publish;
+pub mod resolver_starts;
 pub mod routing;
 mod ruleset;
 pub mod seqpacket;

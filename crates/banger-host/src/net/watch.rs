@@ -1,6 +1,7 @@
 //! Hears of changes that anybody makes to the network of the namespace that the calling thread is in: the packet
 //! filter's rules, links, routes, and which devices forward.
 
+use super::resolver_starts::ResolverStarts;
 use crate::exec::timespec;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -26,13 +27,16 @@ pub struct Changes {
     pub ruleset: bool,
     /// Links, routes, or a device's forwarding.
     pub network: bool,
+    /// The host's resolver has started.
+    pub resolver: bool,
 }
 
-/// Two sockets that hear of changes. Ours are among them: whoever listens measures before it changes anything.
+/// What hears of changes. Ours are among them: whoever listens measures before it changes anything.
 #[derive(Debug)]
 pub struct Watch {
     ruleset: OwnedFd,
     network: OwnedFd,
+    resolver: Option<ResolverStarts>,
 }
 
 impl Watch {
@@ -44,7 +48,14 @@ impl Watch {
         Ok(Self {
             ruleset: listen(Some(netlink::NETFILTER), RULESET)?,
             network: listen(None, LINKS | ROUTES | SETTINGS)?,
+            resolver: None,
         })
+    }
+
+    /// Hears of starts of the host's resolver, too.
+    #[must_use]
+    pub fn with_resolver(self, resolver: Option<ResolverStarts>) -> Self {
+        Self { resolver, ..self }
     }
 
     /// Waits for changes, and for the end of their burst. Nothing when `limit` is over, or when `until` can be read
@@ -69,20 +80,28 @@ impl Watch {
                 PollFd::new(&self.ruleset, PollFlags::IN),
                 PollFd::new(&self.network, PollFlags::IN),
             ];
-            if let Some(until) = &until {
-                fds.push(PollFd::new(until, PollFlags::IN));
-            }
+            fds.extend(until.iter().map(|until| PollFd::new(until, PollFlags::IN)));
+            let resolver_at = fds.len();
+            let resolver = self.resolver.as_ref();
+            fds.extend(resolver.map(|resolver| PollFd::new(resolver, PollFlags::IN)));
             let ready = match poll(&mut fds, left.map(timespec).as_ref()) {
                 Ok(ready) => ready,
                 Err(Errno::INTR) => continue,
                 Err(errno) => return Err(errno.into()),
             };
             let [ruleset, network] = [&fds[0], &fds[1]].map(|fd| !fd.revents().is_empty());
-            if fds.get(2).is_some_and(|until| !until.revents().is_empty()) {
+            let hears = |at: usize| fds.get(at).is_some_and(|fd| !fd.revents().is_empty());
+            if until.is_some() && hears(2) {
                 return Ok(None);
             }
             if ready == 0 {
                 return Ok(burst_ends.is_some().then_some(changes));
+            }
+            if let Some(resolver) = resolver.filter(|_| hears(resolver_at)) {
+                changes.resolver |= resolver.drain()?;
+            }
+            if !ruleset && !network && !changes.resolver {
+                continue;
             }
             if ruleset {
                 changes.ruleset = true;
