@@ -272,11 +272,27 @@ async fn connect(socket: &Path) -> std::io::Result<UnixStream> {
         return Err(std::io::ErrorKind::InvalidInput.into());
     };
     if socket.as_os_str().len() < 100 {
-        return UnixStream::connect(socket).await;
+        return connect_at(socket.to_owned()).await;
     }
     let folder = std::fs::File::open(folder)?;
     let short = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd())).join(name);
-    UnixStream::connect(short).await
+    connect_at(short).await
+}
+
+/// Where more wait for the daemon than the kernel has room for, a socket that does not block is turned away, and one
+/// that blocks waits its turn.
+async fn connect_at(path: PathBuf) -> std::io::Result<UnixStream> {
+    match UnixStream::connect(&path).await {
+        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+            let connect = move || std::os::unix::net::UnixStream::connect(path);
+            let stream = tokio::task::spawn_blocking(connect)
+                .await
+                .map_err(std::io::Error::other)??;
+            stream.set_nonblocking(true)?;
+            UnixStream::from_std(stream)
+        }
+        connected => connected,
+    }
 }
 
 /// The members of an object as `?name=value&…`; `null` is left out.

@@ -8,6 +8,9 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+/// How many may wait to be taken; the kernel refuses the next one. It has its own, mostly higher, limit.
+const BACKLOG: i32 = 1024;
+
 fn folder_of(path: &Path) -> io::Result<(OwnedFd, PathBuf)> {
     let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());
@@ -37,7 +40,7 @@ pub fn listen(path: &Path) -> io::Result<OwnedFd> {
     rustix::net::bind(&socket, &SocketAddrUnix::new(&short)?)?;
     // Nobody can connect before `listen`, so the mode is never too wide.
     rustix::fs::chmod(&short, Mode::RUSR | Mode::WUSR)?;
-    rustix::net::listen(&socket, 16)?;
+    rustix::net::listen(&socket, BACKLOG)?;
     drop(folder);
     Ok(socket)
 }
