@@ -86,8 +86,8 @@ async fn look(
     let live: Vec<(Handle, View)> = registry
         .list(false)
         .into_iter()
+        .filter(|handle| is_watched(&handle.view.borrow().phase))
         .map(|handle| (handle.clone(), handle.latest()))
-        .filter(|(_, view)| is_watched(&view.phase))
         .collect();
     known.retain(|id, _| live.iter().any(|(handle, _)| handle.id == *id));
     if live.is_empty() {

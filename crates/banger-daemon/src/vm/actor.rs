@@ -241,27 +241,29 @@ impl Actor {
         found: Found,
         looked: oneshot::Sender<()>,
     ) {
+        // What is done is boxed here and below: its state is as large as all that a VM may be asked, and would else be
+        // kept for every VM that does nothing.
         match found {
             Found::Stopped => {}
-            Found::Unknown => self.recover().await,
+            Found::Unknown => Box::pin(self.recover()).await,
         }
         // Nobody may be waiting for it.
         let _ = looked.send(());
         if self.record.purging {
             // An earlier daemon began it and its promise stands.
-            if let Err(error) = self.purge().await {
+            if let Err(error) = Box::pin(self.purge()).await {
                 tracing::warn!(vm = %self.record.id, error = %error.message, "a purge did not go on");
             }
         }
         while !self.view.borrow().purged {
             match next(&mut self.run, &mut inbox).await {
-                Incoming::Message(message) => self.request(message).await,
+                Incoming::Message(message) => Box::pin(self.request(message)).await,
                 Incoming::Step(step) => self.publish(|view| view.phase = Phase::Starting { step }),
-                Incoming::Started(outcome) => self.started(outcome).await,
-                Incoming::Link(event) => self.link_event(event).await,
-                Incoming::Deadline => self.escalate().await,
-                Incoming::LockFree => self.ended(None, Intent::None).await,
-                Incoming::LookAgain => self.look_again().await,
+                Incoming::Started(outcome) => Box::pin(self.started(outcome)).await,
+                Incoming::Link(event) => Box::pin(self.link_event(event)).await,
+                Incoming::Deadline => Box::pin(self.escalate()).await,
+                Incoming::LockFree => Box::pin(self.ended(None, Intent::None)).await,
+                Incoming::LookAgain => Box::pin(self.look_again()).await,
                 Incoming::Closed => return,
             }
         }
