@@ -14,8 +14,12 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::sync::{Notify, mpsc};
+
+/// How long the file of names rests after it was written.
+const WRITE_PAUSE: Duration = Duration::from_millis(100);
 
 /// All names, and who answers them.
 #[derive(Debug)]
@@ -166,7 +170,11 @@ pub(crate) async fn keep_serving(app: App, mut sockets: mpsc::Receiver<Vec<Owned
                 Some(handed) => names.serve(handed),
                 None => return,
             },
-            () = names.changed.notified() => names.write_records(),
+            () = names.changed.notified() => {
+                names.write_records();
+                // A thousand VMs made at once are not written a thousand times.
+                tokio::time::sleep(WRITE_PAUSE).await;
+            }
         }
     }
 }

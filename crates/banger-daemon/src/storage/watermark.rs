@@ -51,12 +51,15 @@ async fn after(next: Option<Duration>) {
     }
 }
 
-/// Resolves when a VM is not what it was.
+/// Resolves when a VM that is watched is not what it was. One that ended is missed at the next look.
 async fn vm_changed(events: &mut broadcast::Receiver<banger_api::event::Event>) {
     loop {
         match events.recv().await {
-            Ok(event) if !matches!(event.kind, EventKind::VmChanged { .. }) => {}
-            Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => return,
+            Ok(event) => match event.kind {
+                EventKind::VmChanged { vm } if is_watched(&vm.phase) => return,
+                _ => {}
+            },
+            Err(broadcast::error::RecvError::Lagged(_)) => return,
             // The hub lives as long as the daemon.
             Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
         }
