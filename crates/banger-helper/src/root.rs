@@ -25,6 +25,8 @@ pub const CLIENTS: usize = 64;
 pub const MAX_REQUEST_BYTES: usize = 16 * 1024;
 /// How long a client may take over each message, and over reading each answer.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long nobody is let in after somebody could not be.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How often it is told, at most, that clients are turned away.
 const CROWD_LINE: Duration = Duration::from_secs(1);
 
@@ -87,9 +89,11 @@ fn accept_until_idle(
         });
         match poll(&mut [PollFd::new(listener, PollFlags::IN)], limit.as_ref()) {
             Ok(0) => {
-                let is_needed =
-                    lock(&crowd).all > 0 || host.settle().is_ok_and(|settled| settled.attached > 0);
-                if !is_needed {
+                // What could not be looked at may be attached.
+                let idle = host
+                    .settle()
+                    .is_ok_and(|settled| settled.attached == 0 && settled.failed.is_empty());
+                if lock(&crowd).all == 0 && idle {
                     return Ok(());
                 }
                 last = Instant::now();
@@ -102,9 +106,9 @@ fn accept_until_idle(
         last = Instant::now();
         let connection = match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
             Ok(connection) => connection,
-            // Short of something that comes back as clients end.
+            // Short of something that comes back as clients end, which has no event of its own.
             Err(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS) => {
-                std::thread::yield_now();
+                std::thread::sleep(ACCEPT_PAUSE);
                 continue;
             }
             // The client went away.

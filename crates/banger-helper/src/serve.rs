@@ -22,6 +22,8 @@ const UNCLAIMED: Duration = Duration::from_secs(30);
 /// How long a client may take over its one message.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
 const BACKLOG: i32 = 64;
+/// How long nobody is let in after somebody could not be.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How soon changes are listened for again after an error.
 const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -182,8 +184,15 @@ impl Server {
     /// Without a descriptor or a thread for a client it is turned away: what we are short of comes back, and the
     /// namespace is not worth less for it.
     fn accept(&self) {
-        let Ok(connection) = rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC) else {
-            return;
+        let connection = match rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC) {
+            Ok(connection) => connection,
+            Err(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS) => {
+                // They come back as clients end, which has no event of its own.
+                std::thread::sleep(ACCEPT_PAUSE);
+                return;
+            }
+            // The client went away.
+            Err(_) => return,
         };
         let shared = Arc::clone(&self.shared);
         let spawned = std::thread::Builder::new()

@@ -10,7 +10,7 @@ use super::{closed, descriptor, forwarding, resolved, veth};
 use crate::net::host::HostOpError;
 use crate::net::links::{Link, Links};
 use crate::net::resolver_starts::ResolverStarts;
-use crate::net::watch::{Changes, Watch};
+use crate::net::watch::{Changes, Waited, Watch};
 use crate::op::{HostAnswer, HostOp, NatReport, OwnedKind, OwnedObject, ResolvedReport};
 use crate::storage::ops;
 use banger_core::addr::Pool;
@@ -21,11 +21,15 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Where the machine's own facts about our objects are. Gone after a reboot, as the objects are.
 const RUN_FOLDER: &str = "/run/banger";
 /// The most instances that one user, other than root, may have attached.
 pub const MAX_INSTANCES: usize = 4;
+
+/// When what could not be put right is tried again.
+const TRY_AGAIN: Duration = Duration::from_secs(1);
 
 /// For whom an operation is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -167,10 +171,19 @@ impl Host {
             .name("keep-host".to_owned())
             .spawn(move || {
                 let mut settled = host.settle();
-                while report(settled).is_continue() {
-                    settled = match watch.wait(None, Some(until.as_fd())) {
-                        Ok(Some(changes)) => host.settle_after(changes),
-                        Ok(None) => return,
+                loop {
+                    let failed = settled
+                        .as_ref()
+                        .map_or(true, |done| !done.failed.is_empty());
+                    if report(settled).is_break() {
+                        return;
+                    }
+                    // What failed is tried again though nobody changes anything.
+                    let limit = failed.then_some(TRY_AGAIN);
+                    settled = match watch.wait(limit, Some(until.as_fd())) {
+                        Ok(Waited::Changed(changes)) => host.settle_after(changes),
+                        Ok(Waited::TimedOut) => host.settle(),
+                        Ok(Waited::Ended) => return,
                         Err(error) => {
                             let _ = report(Err(HostOpError::Watch(error)));
                             return;

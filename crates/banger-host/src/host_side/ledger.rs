@@ -138,9 +138,10 @@ impl Ledger {
         let mut records = Vec::new();
         for entry in std::fs::read_dir(&self.folder).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
-            let stem = path.file_stem().and_then(std::ffi::OsStr::to_str);
-            let instance = stem.and_then(|stem| stem.parse::<InstanceId>().ok());
-            let Some(instance) = instance else {
+            let name = path.file_name().and_then(std::ffi::OsStr::to_str);
+            // Not those that a killed process left half written.
+            let stem = name.and_then(|name| name.strip_suffix(".json"));
+            let Some(instance) = stem.and_then(|stem| stem.parse::<InstanceId>().ok()) else {
                 continue;
             };
             match read::<Record>(&path)? {
@@ -157,13 +158,16 @@ impl Ledger {
     }
 
     pub(super) fn forget(&self, instance: InstanceId) -> Result<(), LedgerError> {
-        let path = self.record_path(instance);
-        match std::fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(LedgerError::Io { path, source })
+        let record = self.record_path(instance);
+        for path in [partial(&record), record] {
+            match std::fs::remove_file(&path) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(LedgerError::Io { path, source });
+                }
+                _ => {}
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
 
     /// The devices that forward for our sake.
@@ -182,7 +186,7 @@ impl Ledger {
             source,
         };
         let bytes = serde_json::to_vec(facts).map_err(|error| failed(error.into()))?;
-        let partial = path.with_extension("partial");
+        let partial = partial(path);
         File::options()
             .write(true)
             .create(true)
@@ -193,6 +197,11 @@ impl Ledger {
             .map_err(failed)?;
         std::fs::rename(&partial, path).map_err(failed)
     }
+}
+
+/// Where a file's next content is written before it takes its place.
+fn partial(path: &Path) -> PathBuf {
+    path.with_extension("partial")
 }
 
 /// The facts in a file; nothing if it is not there or not understood.
@@ -235,8 +244,12 @@ mod tests {
             "{\"uid\":",
         )
         .unwrap();
+        // What a process left that was killed between writing and renaming.
+        let partial = folder.join(format!("{}.partial", record().instance));
+        std::fs::copy(ledger.record_path(record().instance), &partial).unwrap();
         assert_eq!(ledger.records().unwrap(), [record()]);
         ledger.forget(record().instance).unwrap();
+        assert!(!partial.exists());
         ledger.forget(record().instance).unwrap();
         assert_eq!(ledger.records().unwrap(), []);
     }

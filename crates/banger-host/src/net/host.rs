@@ -3,11 +3,9 @@
 use super::links::{HALF, Links, NetlinkError};
 use super::nft::NftError;
 use crate::exec::ExecError;
-use crate::host_side::{Caller, HelperError, Host, LedgerError};
-use crate::op::HostOp;
+use crate::host_side::{HelperError, LedgerError};
 use banger_core::addr::Ipv4Net;
 use banger_core::id::InstanceId;
-use rustix::fd::BorrowedFd;
 use std::io;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
@@ -131,18 +129,8 @@ pub enum HostOpError {
     Vanished(String),
 }
 
-/// Does `op` on this machine, in this process, which is root.
-///
-/// # Errors
-/// As [`Host::perform`].
-pub fn perform(op: &HostOp, namespace: Option<BorrowedFd<'_>>) -> Result<(), HostOpError> {
-    let descriptors: Vec<_> = namespace.into_iter().collect();
-    Host::of_this_machine().perform(Caller::this_process(), op, &descriptors)?;
-    Ok(())
-}
-
-/// Every IPv4 network that this host has a route to or an address of (routes to everywhere are left out), for the choice of
-/// a pool.
+/// Every IPv4 network that this host has a route to or an address of (routes to everywhere are left out), for the
+/// choice of a pool.
 ///
 /// # Errors
 /// The kernel's tables cannot be read.

@@ -31,6 +31,17 @@ pub struct Changes {
     pub resolver: bool,
 }
 
+/// How a wait for changes ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Waited {
+    /// Somebody changed something.
+    Changed(Changes),
+    /// The time limit was over.
+    TimedOut,
+    /// What was waited for besides can be read, or is hung up.
+    Ended,
+}
+
 /// What hears of changes. Ours are among them: whoever listens measures before it changes anything.
 #[derive(Debug)]
 pub struct Watch {
@@ -58,8 +69,7 @@ impl Watch {
         Self { resolver, ..self }
     }
 
-    /// Waits for changes, and for the end of their burst. Nothing when `limit` is over, or when `until` can be read
-    /// or is hung up.
+    /// Waits for changes, and for the end of their burst.
     ///
     /// # Errors
     /// The kernel refuses to wait.
@@ -67,7 +77,7 @@ impl Watch {
         &self,
         limit: Option<Duration>,
         until: Option<BorrowedFd<'_>>,
-    ) -> io::Result<Option<Changes>> {
+    ) -> io::Result<Waited> {
         let mut changes = Changes::default();
         let deadline = limit.map(|limit| Instant::now() + limit);
         let mut burst_ends: Option<Instant> = None;
@@ -92,10 +102,13 @@ impl Watch {
             let [ruleset, network] = [&fds[0], &fds[1]].map(|fd| !fd.revents().is_empty());
             let hears = |at: usize| fds.get(at).is_some_and(|fd| !fd.revents().is_empty());
             if until.is_some() && hears(2) {
-                return Ok(None);
+                return Ok(Waited::Ended);
             }
             if ready == 0 {
-                return Ok(burst_ends.is_some().then_some(changes));
+                return Ok(match burst_ends {
+                    Some(_) => Waited::Changed(changes),
+                    None => Waited::TimedOut,
+                });
             }
             if let Some(resolver) = resolver.filter(|_| hears(resolver_at)) {
                 changes.resolver |= resolver.drain()?;
@@ -113,7 +126,7 @@ impl Watch {
             }
             let end = *burst_ends.get_or_insert_with(|| Instant::now() + LONGEST_BURST);
             if Instant::now() >= end {
-                return Ok(Some(changes));
+                return Ok(Waited::Changed(changes));
             }
         }
     }

@@ -76,16 +76,27 @@ pub(super) fn spawn(
         // Last, since a root of its own left it outside.
         std::env::set_current_dir(&confinement.folder)
     });
-    let child = command.spawn()?;
+    let mut child = command.spawn()?;
     // It holds the other end of the pipe.
     drop(command);
+    match read_report(&mut report) {
+        Ok(inside) => {
+            applied.extend(inside);
+            Ok((child, applied))
+        }
+        Err(error) => {
+            // Nobody would know of it.
+            let _ = child.kill();
+            let _ = child.wait();
+            Err(error)
+        }
+    }
+}
+
+fn read_report(report: &mut std::fs::File) -> io::Result<Vec<Applied>> {
     let mut bytes = Vec::new();
-    report
-        .by_ref()
-        .take(MAX_REPORT_BYTES)
-        .read_to_end(&mut bytes)?;
-    applied.extend(serde_json::from_slice::<Vec<Applied>>(&bytes)?);
-    Ok((child, applied))
+    report.take(MAX_REPORT_BYTES).read_to_end(&mut bytes)?;
+    Ok(serde_json::from_slice(&bytes)?)
 }
 
 fn report_pipe() -> io::Result<(std::fs::File, OwnedFd)> {
