@@ -10,7 +10,7 @@ pub struct HostObject {
     pub kind: String,
     /// Its name or number on the host.
     pub name: String,
-    /// Whose it is: a VM's name, or `instance`.
+    /// Whose it is: a VM's name, or `(instance)`.
     pub owner: String,
     /// The owner is known and explains it; else it is left over, and `host clean` removes it.
     pub expected: bool,

@@ -74,7 +74,11 @@ fn user(args: &[&str]) -> Result<(), Failure> {
 fn run(program: &str, args: &[&str]) -> Result<(), Failure> {
     let words = format!("{program} {}", args.join(" "));
     let output = command(program, args).map_err(|error| {
-        Failure::new(ErrorCode::HostUnfit, format!("cannot run `{words}`")).caused_by(&error)
+        Failure::new(ErrorCode::HostUnfit, format!("cannot run `{words}`"))
+            .caused_by(&error)
+            .hint(
+                "this needs systemd; without it, `banger daemon start` starts the daemon by itself",
+            )
     })?;
     if output.status.success() {
         return Ok(());
@@ -90,7 +94,7 @@ fn run(program: &str, args: &[&str]) -> Result<(), Failure> {
             .filter(|line| !line.is_empty())
             .map(str::to_owned),
     );
-    Err(failure)
+    Err(failure.hint("run it by hand; `systemctl --user status bangerd` tells how the unit is"))
 }
 
 fn command(program: &str, args: &[&str]) -> std::io::Result<Output> {

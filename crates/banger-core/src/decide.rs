@@ -5,7 +5,7 @@
 //! | start | run | join | already | deny: resume | deny: wait | deny: undelete |
 //! | stop | already | cancel | run (unreachable: deny) | resume and stop (full disk: deny) | join | already |
 //! | kill | already | cancel | run | run | escalate | already |
-//! | restart | run start | join | stop, start | resume, stop, start | then start | deny |
+//! | restart | run start | join | stop, start | resume, stop, start (full disk: deny) | then start | deny |
 //! | pause | deny | deny | run | already | deny | deny |
 //! | resume | deny | deny | already | run | deny | deny |
 //! | set what holds at once | run | after the start | run | run | run | deny |
@@ -13,7 +13,7 @@
 //! | delete | trash | deny: force | deny: force | deny: force | deny: force | already |
 //! | undelete | already | already | already | already | already | run |
 //!
-//! A VM that is running but unreachable may only be killed.
+//! Unreachable, it may only be killed, be deleted with `--force`, and get or lose what holds at once.
 
 use crate::phase::{PausedBy, Phase};
 

@@ -8,6 +8,7 @@ use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::vm::{SetVm, Vm};
 use banger_core::decide::{Deny, Request};
 use banger_core::name::VmName;
+use banger_core::publish::PublishedPort;
 use banger_core::size::{DiskBytes, MemoryMib, SizeError, VcpuCount};
 use banger_core::spec::{BootPatch, LivePatch, VmSpecPatch};
 
@@ -62,6 +63,15 @@ pub(crate) fn memory(value: u64) -> Result<MemoryMib, ErrorBody> {
 
 pub(crate) fn disk(value: u64) -> Result<DiskBytes, ErrorBody> {
     DiskBytes::new(value).map_err(|error| invalid(&error))
+}
+
+/// A published port has a place on the host.
+pub(crate) fn published(port: &PublishedPort) -> Result<(), ErrorBody> {
+    if port.listen.port() != 0 {
+        return Ok(());
+    }
+    let message = format!("the published port {port} names no port of the host");
+    Err(ErrorBody::new(ErrorCode::InvalidRequest, message).hint("choose one from 1 to 65535"))
 }
 
 /// A change of a VM; `image` is the one that the request names.

@@ -1,6 +1,7 @@
 //! The ledger: everything that banger has on the host, measured, and whose it is.
 
 use crate::network::network_error;
+use crate::registry;
 use crate::server::App;
 use crate::vm::Ask;
 use crate::vm::files::VmFiles;
@@ -9,12 +10,12 @@ use banger_api::host::{CleanHost, HostObject, Mended};
 use banger_core::decide::Request;
 use banger_host::op::OwnedKind;
 use banger_vmm::lock::holders;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 /// Whose it is that belongs to no VM.
-const INSTANCE: &str = "instance";
+const INSTANCE: &str = "(instance)";
 /// Whose it is that belongs to another state folder of the same user.
-const OTHER_INSTANCE: &str = "instance ";
+const OTHER_INSTANCE: &str = "(another instance) ";
 
 /// Everything on the host.
 pub(crate) async fn list(app: &App) -> Result<Vec<HostObject>, ErrorBody> {
@@ -128,13 +129,17 @@ pub(crate) async fn clean(app: &App, request: &CleanHost) -> Result<Mended, Erro
     }
     let before = list(app).await?;
     let mut mended = Mended::default();
-    for handle in live {
-        let name = handle.latest().record.name.to_string();
-        if let Err(error) = handle.ask(Ask::new(Request::Stop)).await {
-            mended.left.push(format!("VM {name}: {}", error.message));
+    let mut alive = BTreeSet::new();
+    for outcome in registry::each(live, Ask::new(Request::Stop)).await {
+        if let Some(error) = outcome.error {
+            let why = format!("VM {}: {}", outcome.name, error.message);
+            mended.left.push(why);
+            alive.insert(outcome.name.to_string());
         }
     }
-    for port in before.iter().filter(|object| object.kind == "tap") {
+    // Who lives on keeps its port.
+    let taps = before.iter().filter(|object| object.kind == "tap");
+    for port in taps.filter(|port| !alive.contains(&port.owner)) {
         if let Err(error) = app.world.network.release(port.name.clone()).await {
             let why = banger_host::error_chain(&error);
             mended.left.push(format!("tap {}: {why}", port.name));

@@ -6,6 +6,7 @@
 mod config;
 mod convert;
 mod crash;
+mod create;
 mod doctor;
 mod drivers;
 mod events;

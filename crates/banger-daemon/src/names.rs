@@ -62,7 +62,12 @@ impl Names {
         let mut state = self.state();
         let known = state.named.get(&record.id);
         if known != name.as_ref() {
-            if let Some(known) = known {
+            // One that was freed may be another VM's by now.
+            let moved_on = |known: &VmName| {
+                let mut others = state.named.iter().filter(|(id, _)| **id != record.id);
+                others.any(|(_, name)| name == known)
+            };
+            if let Some(known) = known.filter(|known| !moved_on(known)) {
                 self.zone.remove(known);
             }
             match name {

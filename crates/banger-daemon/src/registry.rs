@@ -1,28 +1,22 @@
-//! All VMs: their names and addresses, and how one is created.
+//! All VMs: who has which name, address, port of the host and idempotency key, and what is asked of several at once,
+//! of the trash above all.
 
-use crate::convert;
-use crate::crash::{Side, point};
-use crate::images::{DEFAULT_NAME, find, store_error};
+use crate::images::find;
 use crate::keys;
 use crate::record::VmRecord;
-use crate::storage::{self, Layer};
 use crate::vm::actor::{self, Found};
 use crate::vm::changing::port_taken;
-use crate::vm::files::{self, VmFiles, io_error};
 use crate::vm::{Ask, Change, Handle, View};
 use crate::world::World;
+use crate::{convert, create};
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::event::EventKind;
 use banger_api::vm::{CreateVm, Outcome};
 use banger_core::decide::Request;
 use banger_core::id::VmId;
 use banger_core::name::VmName;
-use banger_core::phase::{Desired, Phase, StopReason};
+use banger_core::phase::{Desired, Phase};
 use banger_core::publish::PublishedPort;
-use banger_core::size::DiskBytes;
-use banger_core::spec::{
-    DEFAULT_MEMORY_MIB, DEFAULT_OVERLAY_BYTES, DEFAULT_VCPUS, DriverChoice, StorageChoice, VmSpec,
-};
 use banger_core::words::free_name;
 use jiff::Timestamp;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -50,9 +44,18 @@ struct State {
     created: HashMap<String, VmId>,
 }
 
+/// A purge that spares whoever has left the trash, or came into it, after `until`.
+fn purge_from_trash(until: Timestamp) -> Ask {
+    Ask {
+        purge: true,
+        trashed_until: Some(until),
+        ..Ask::new(Request::Delete { force: false })
+    }
+}
+
 /// Asks several VMs the same, a few at a time so that a host with two cores is not asked to boot twenty guests at
 /// once.
-async fn each(handles: Vec<Handle>, ask: Ask) -> Vec<Outcome> {
+pub(crate) async fn each(handles: Vec<Handle>, ask: Ask) -> Vec<Outcome> {
     const AT_ONCE: usize = 4;
     let mut outcomes = Vec::new();
     for some in handles.chunks(AT_ONCE) {
@@ -176,20 +179,21 @@ impl Registry {
     }
 
     fn find_first(&self, query: &str, trash: bool) -> Result<Handle, ErrorBody> {
-        let (first, second) = (
-            self.find_among(query, trash),
-            self.find_among(query, !trash),
-        );
+        let first = self.find_among(query, trash);
         let whole = |found: &Result<Handle, ErrorBody>| match found {
             Ok(handle) => {
                 handle.latest().record.name.as_str() == query || handle.id.to_string() == query
             }
             Err(_) => false,
         };
-        match (first, second) {
-            (first, second) if !whole(&first) && whole(&second) => second,
-            (Err(error), second) if error.code == ErrorCode::NotFound => second.map_err(|_| error),
-            (first, _) => first,
+        if whole(&first) {
+            return first;
+        }
+        let second = self.find_among(query, !trash);
+        match first {
+            _ if whole(&second) => second,
+            Err(error) if error.code == ErrorCode::NotFound => second.map_err(|_| error),
+            first => first,
         }
     }
 
@@ -353,17 +357,13 @@ impl Registry {
         each(stopped.collect(), Ask::new(Request::Start)).await
     }
 
-    /// Removes all VMs in the trash for ever; those alone that have been there since before `until`, if it is given.
-    pub(crate) async fn empty_trash(&self, until: Option<Timestamp>) -> Vec<Outcome> {
+    /// Removes all VMs for ever that have been in the trash since `until` or before.
+    pub(crate) async fn empty_trash(&self, until: Timestamp) -> Vec<Outcome> {
         let old = self.list(true).into_iter().filter(|handle| {
             let trashed_at = handle.view.borrow().record.trashed_at;
-            until.is_none_or(|until| trashed_at.is_some_and(|at| at <= until))
+            trashed_at.is_some_and(|at| at <= until)
         });
-        let purge = Ask {
-            purge: true,
-            ..Ask::new(Request::Delete { force: false })
-        };
-        let outcomes = each(old.collect(), purge).await;
+        let outcomes = each(old.collect(), purge_from_trash(until)).await;
         self.forget_purged();
         outcomes
     }
@@ -372,10 +372,7 @@ impl Registry {
     pub(crate) async fn give_way(&self) -> bool {
         let mut trashed = self.list(true);
         trashed.sort_by_key(|handle| handle.view.borrow().record.trashed_at);
-        let purge = Ask {
-            purge: true,
-            ..Ask::new(Request::Delete { force: false })
-        };
+        let purge = purge_from_trash(Timestamp::now());
         for handle in trashed {
             let name = handle.latest().record.name.clone();
             match handle.ask(purge.clone()).await {
@@ -410,6 +407,17 @@ impl Registry {
                 "a VM is being created under the same idempotency key",
             )
             .hint("repeat the request when that is done: it answers the VM that was made"));
+        }
+        let made = key.as_ref().and_then(|key| state.created.get(key));
+        if made.is_some_and(|id| {
+            let made = state.handles.get(id);
+            made.is_some_and(|handle| !handle.view.borrow().purged)
+        }) {
+            return Err(ErrorBody::new(
+                ErrorCode::Conflict,
+                "a VM was created under the same idempotency key meanwhile",
+            )
+            .hint("repeat the request: it answers that VM"));
         }
         let mut names = HashSet::new();
         let mut addresses = HashSet::new();
@@ -502,14 +510,15 @@ impl Registry {
         let record = {
             // Choosing a driver may have to probe KVM, which takes seconds once for each boot of the host.
             let (world, request, key) = (Arc::clone(world), request.clone(), key.clone());
-            tokio::task::spawn_blocking(move || draft(&world, &request, id, key)).await
+            tokio::task::spawn_blocking(move || create::draft(&world, &request, id, key)).await
         };
         let record =
             record.unwrap_or_else(|error| Err(ErrorBody::from_error(ErrorCode::Internal, &error)));
         let (record, held) = match record.and_then(|draft| {
             let ports = self.hold_ports(id, &draft.spec.ports)?;
             let reservation = self.reserve(world, name, key)?;
-            Ok((draft.complete(&reservation), (ports, reservation)))
+            let record = draft.complete(reservation.name.clone(), reservation.address);
+            Ok((record, (ports, reservation)))
         }) {
             Ok(made) => made,
             Err(error) => {
@@ -517,7 +526,7 @@ impl Registry {
                 return Err(error);
             }
         };
-        while let Err(error) = make(world, &record).await {
+        while let Err(error) = create::make(world, &record).await {
             // A VM that is made is worth more than one that was thrown away.
             if error.code == ErrorCode::NoSpace && self.give_way().await {
                 continue;
@@ -540,198 +549,6 @@ impl Registry {
         });
         Ok(handle)
     }
-}
-
-/// The ports of a request, none of which may stand in another's way.
-fn published(ports: &[PublishedPort]) -> Result<BTreeSet<PublishedPort>, ErrorBody> {
-    let mut published = BTreeSet::<PublishedPort>::new();
-    for port in ports {
-        if let Some(other) = published.iter().find(|other| other.collides(port)) {
-            let message = format!("the ports {other} and {port} want the same place on the host");
-            return Err(ErrorBody::new(ErrorCode::InvalidRequest, message)
-                .hint("give one of them another port of the host"));
-        }
-        published.insert(port.clone());
-    }
-    Ok(published)
-}
-
-/// Checks the request and everything it names.
-fn draft(
-    world: &World,
-    request: &CreateVm,
-    id: VmId,
-    idempotency_key: Option<String>,
-) -> Result<Draft, ErrorBody> {
-    let defaults = &world.config.defaults;
-    let choose = |asked: Option<u64>, configured: Option<u64>, fallback| {
-        asked.or(configured).unwrap_or(fallback)
-    };
-    let vcpus = convert::vcpus(choose(request.vcpus, defaults.vcpus, DEFAULT_VCPUS))?;
-    let memory_mib = convert::memory(choose(
-        request.memory_mib,
-        defaults.memory_mib,
-        DEFAULT_MEMORY_MIB,
-    ))?;
-    let overlay_bytes = convert::disk(choose(
-        request.overlay_bytes,
-        defaults.overlay_bytes,
-        DEFAULT_OVERLAY_BYTES,
-    ))?;
-    let disk_bytes: Option<DiskBytes> = request.disk_bytes.map(convert::disk).transpose()?;
-    let image_query = request
-        .image
-        .as_deref()
-        .or(defaults.image.as_deref())
-        .unwrap_or(DEFAULT_NAME);
-    let kernel_query = request
-        .kernel
-        .as_deref()
-        .or(defaults.kernel.as_deref())
-        .unwrap_or(DEFAULT_NAME);
-    let image = world.images.pin_image(image_query, id)?;
-    let kernel = world.images.pin_kernel(kernel_query, id)?;
-    let ports = published(&request.ports)?;
-    let driver = match request.driver {
-        DriverChoice::Auto => world.config.driver.choice,
-        asked => asked,
-    };
-    let storage = match request.storage {
-        StorageChoice::Auto => world.config.storage.choice,
-        asked => asked,
-    };
-    let (storage, storage_reason) =
-        storage::choose(world, storage).map_err(|error| storage::impossible(&error))?;
-    if request.start {
-        // What cannot run is not created.
-        let vmlinux = world
-            .images
-            .kernel_folder(kernel.manifest.id)
-            .join(banger_image::kernel::VMLINUX);
-        world.drivers.choose(driver, Some(&vmlinux))?;
-    }
-    let keys = keys::generate("banger")
-        .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
-    let spec = VmSpec {
-        image: image.manifest.id,
-        kernel: kernel.manifest.id,
-        vcpus,
-        memory_mib,
-        overlay_bytes,
-        disk_bytes,
-        driver,
-        storage,
-        nat: request.nat,
-        ports,
-        joins: BTreeSet::new(),
-        autostart: request.autostart,
-    };
-    Ok(Draft {
-        id,
-        spec,
-        keys,
-        image_digest: image.manifest.sha256,
-        storage_reason,
-        idempotency_key,
-    })
-}
-
-/// A VM that lacks only its name and address.
-struct Draft {
-    id: VmId,
-    spec: VmSpec,
-    keys: keys::KeyPair,
-    image_digest: String,
-    storage_reason: String,
-    idempotency_key: Option<String>,
-}
-
-impl Draft {
-    fn complete(self, reservation: &Reservation) -> VmRecord {
-        VmRecord {
-            id: self.id,
-            name: reservation.name.clone(),
-            disk_uuid: self.spec.disk_bytes.map(|_| Uuid::now_v7()),
-            spec: self.spec,
-            generation: 1,
-            desired: Desired::Off,
-            record_version: 1,
-            address: reservation.address,
-            host_key: self.keys.private,
-            host_key_public: self.keys.public,
-            overlay_uuid: Uuid::now_v7(),
-            image_digest: self.image_digest,
-            storage_reason: self.storage_reason,
-            last_stop: StopReason::NeverStarted,
-            last_attempt: None,
-            started_once: false,
-            reset_pending: false,
-            boot: None,
-            created_at: Timestamp::now(),
-            trashed_at: None,
-            purging: false,
-            idempotency_key: self.idempotency_key,
-        }
-    }
-}
-
-/// Stages the VM's folder, commits its row, and gives the folder its name. After an error nothing is left.
-async fn make(world: &Arc<World>, record: &VmRecord) -> Result<(), ErrorBody> {
-    let staging = VmFiles::staging(&world.paths, record.id);
-    let staged = {
-        let (world, record, staging) = (Arc::clone(world), record.clone(), staging.clone());
-        tokio::task::spawn_blocking(move || stage(&world, &record, &staging)).await
-    };
-    let staged =
-        staged.unwrap_or_else(|error| Err(ErrorBody::from_error(ErrorCode::Internal, &error)));
-    let committed = match staged {
-        Ok(()) => {
-            point("create", "row", Side::Before);
-            let stored = world
-                .store
-                .insert_vm(record.clone())
-                .await
-                .map_err(|error| store_error(&error));
-            point("create", "row", Side::After);
-            stored
-        }
-        Err(error) => Err(error),
-    };
-    let folder = VmFiles::of(&world.paths, record.id).folder;
-    let published = committed.and_then(|()| {
-        point("create", "publish", Side::Before);
-        let renamed = std::fs::rename(&staging.folder, &folder);
-        point("create", "publish", Side::After);
-        renamed.map_err(|error| io_error("make", &folder, &error))
-    });
-    if published.is_err() {
-        // The row may be there; without a folder it must not be.
-        if let Err(error) = world.store.delete_vm(record.id).await {
-            tracing::error!(vm = %record.id, %error, "the row of a VM that was not made is left");
-        }
-        if let Err(error) = tokio::fs::remove_dir_all(&staging.folder).await
-            && error.kind() != std::io::ErrorKind::NotFound
-        {
-            tracing::error!(folder = %staging.folder.display(), %error, "a staging folder is left");
-        }
-    }
-    published
-}
-
-fn stage(world: &World, record: &VmRecord, staging: &VmFiles) -> Result<(), ErrorBody> {
-    point("create", "stage", Side::Before);
-    files::make_folder(&staging.folder)
-        .map_err(|error| io_error("make", &staging.folder, &error))?;
-    let layer = Layer::of(world, record, staging)?;
-    storage::driver(record.spec.storage).create(&layer)?;
-    if let (Some(uuid), Some(bytes)) = (record.disk_uuid, record.spec.disk_bytes) {
-        storage::make_empty(&world.paths.cache, bytes.get(), &staging.disk(), uuid)?;
-    }
-    record
-        .mirror(&staging.folder, None)
-        .map_err(|error| io_error("write", &staging.folder, &error))?;
-    point("create", "stage", Side::After);
-    Ok(())
 }
 
 #[cfg(test)]

@@ -24,7 +24,7 @@ pub(crate) async fn keep_emptying(app: App) {
 }
 
 async fn empty(app: &App, until: Timestamp) {
-    for outcome in app.registry.empty_trash(Some(until)).await {
+    for outcome in app.registry.empty_trash(until).await {
         match outcome.error {
             None => {
                 tracing::info!(vm = %outcome.id, name = %outcome.name, "its time in the trash is over")

@@ -128,40 +128,6 @@ fn a_paused_guest_goes_on_where_it_was() {
     assert_eq!(env.vm("otter")["phase"]["why"]["reason"], "killed");
 }
 
-#[test]
-#[ignore = "system test"]
-fn a_guest_reaches_neither_the_host_nor_another_guest() {
-    let Some(env) = TestEnv::real("a_guest_reaches_neither_the_host_nor_another_guest") else {
-        return;
-    };
-    let first = create(&env, "first", &[]);
-    create(&env, "second", &[]);
-    let other = first["address"].as_str().unwrap();
-    let listener = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
-    let port = listener.local_addr().unwrap().port();
-    let gateway = ssh(&env, "second", "ip route | awk '/^default/ {print $3}'");
-    let host = env.host_address();
-    for (what, address, port) in [
-        ("the gateway", gateway.trim(), port),
-        ("the host", host.as_str(), port),
-        ("the other guest", other, 22),
-    ] {
-        let tried = ssh(
-            &env,
-            "second",
-            &format!("nc -w 2 {address} {port} </dev/null >/dev/null 2>&1; echo $?"),
-        );
-        assert_ne!(
-            tried.trim(),
-            "0",
-            "a guest reached {what} at {address}:{port}"
-        );
-    }
-    // The host reaches both, so it is not that nothing works.
-    assert_eq!(ssh(&env, "first", "hostname").trim(), "first");
-    assert_eq!(ssh(&env, "second", "hostname").trim(), "second");
-}
-
 /// Everything as an ordinary user, in a mount namespace with a tun node that such a user may open.
 #[test]
 #[ignore = "system test"]

@@ -92,7 +92,7 @@ mod tests {
             expected,
         };
         let objects = [
-            object("process", "12 (bangerd)", "instance", true),
+            object("process", "12 (bangerd)", "(instance)", true),
             object("tap", "bt1f2e3d4c5b", "calm-otter", false),
         ];
         insta::assert_snapshot!(render(&objects), @r"

@@ -489,14 +489,19 @@ impl Actor {
         let remove = NamespaceOp::RemovePort {
             tap: tap.to_owned(),
         };
-        match namespace.keeper.request(remove) {
+        match namespace.keeper.request(remove.clone()) {
             Ok(_) => match plan {
                 Some(plan) => namespace.forget(tap, plan.address),
                 // Which address went with it is not known.
                 None => namespace.look()?,
             },
             // Without its keeper and without a VM the namespace is gone, and the port with it.
-            Err(KeeperError::Unreachable { .. }) => self.namespace = None,
+            Err(KeeperError::Unreachable { .. }) if self.plans.is_empty() => self.namespace = None,
+            Err(KeeperError::Unreachable { .. }) => {
+                // Others live in it: another keeper is asked.
+                let namespace = self.ensure()?;
+                namespace.keeper.request(remove)?;
+            }
             Err(error) => return Err(error.into()),
         }
         self.close_way_out()

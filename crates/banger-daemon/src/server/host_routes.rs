@@ -1,6 +1,6 @@
 //! The handlers of the endpoints about the host: network, names, ledger, trash, restore, metrics.
 
-use super::{App, Call, json_route, raw_route};
+use super::{App, Call, json_route, raw_route, to_its_end};
 use crate::network::status;
 use crate::record::VmRecord;
 use crate::vm::{Ask, Change};
@@ -14,6 +14,7 @@ use banger_api::vm::{ResetVm, UndeleteVm, Vm};
 use banger_core::decide::Request;
 use banger_core::name::VmName;
 use banger_core::spec::{LivePatch, VmSpecPatch};
+use jiff::Timestamp;
 
 pub(super) fn routes(router: Router<App>) -> Router<App> {
     let router = json_route::<PostVmReset, _>(router, reset);
@@ -29,7 +30,7 @@ pub(super) fn routes(router: Router<App>) -> Router<App> {
         Ok(call.app.registry.restore(wanted).await)
     });
     let router = json_route::<PostTrashEmpty, _>(router, |call| async move {
-        Ok(call.app.registry.empty_trash(None).await)
+        Ok(call.app.registry.empty_trash(Timestamp::now()).await)
     });
     let router =
         json_route::<GetNetwork, _>(
@@ -81,8 +82,9 @@ async fn undelete(call: Call<UndeleteVm>) -> Result<Vm, ErrorBody> {
     let handle = call.app.registry.find_trashed(call.parameter("vm"))?;
     let name = call.request.name.map(VmName::new).transpose();
     let name = name.map_err(|error| convert::invalid(&error))?;
-    let view = call.app.registry.undelete(&handle, name).await?;
-    Ok(convert::vm(&call.app.world, &view))
+    let registry = call.app.registry.clone();
+    let back = to_its_end(async move { registry.undelete(&handle, name).await });
+    Ok(convert::vm(&call.app.world, &back.await?))
 }
 
 async fn change<T>(call: &Call<T>, live: LivePatch) -> Result<Vm, ErrorBody> {
@@ -94,18 +96,14 @@ async fn change<T>(call: &Call<T>, live: LivePatch) -> Result<Vm, ErrorBody> {
         },
         ..Change::default()
     };
-    let view = call.app.registry.change(&handle, change).await?;
-    Ok(convert::vm(&call.app.world, &view))
+    let registry = call.app.registry.clone();
+    let changed = to_its_end(async move { registry.change(&handle, change).await });
+    Ok(convert::vm(&call.app.world, &changed.await?))
 }
 
 async fn publish(call: Call<PublishPort>) -> Result<Vm, ErrorBody> {
     let publish = Some(call.request.0.clone());
-    if call.request.0.listen.port() == 0 {
-        return Err(ErrorBody::new(
-            ErrorCode::InvalidRequest,
-            "a published port needs a port of the host",
-        ));
-    }
+    convert::published(&call.request.0)?;
     let live = LivePatch {
         publish,
         ..LivePatch::default()
@@ -163,7 +161,10 @@ async fn join(call: Call<JoinVm>, on: bool) -> Result<Vm, ErrorBody> {
         },
         ..Change::default()
     };
-    registry.change(&other, leave(one.id)).await?;
-    let view = registry.change(&one, leave(other.id)).await?;
-    Ok(convert::vm(&call.app.world, &view))
+    let registry = registry.clone();
+    let parted = to_its_end(async move {
+        registry.change(&other, leave(one.id)).await?;
+        registry.change(&one, leave(other.id)).await
+    });
+    Ok(convert::vm(&call.app.world, &parted.await?))
 }

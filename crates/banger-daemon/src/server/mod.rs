@@ -179,6 +179,15 @@ fn decode<T: DeserializeOwned + Default>(
     serde_json::from_slice(body).map_err(|error| invalid(&error))
 }
 
+/// Does `work` to its end, also if the client goes away: what it holds is held until then.
+async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ErrorBody>> + Send + 'static,
+) -> Result<T, ErrorBody> {
+    tokio::spawn(work)
+        .await
+        .unwrap_or_else(|error| Err(ErrorBody::from_error(ErrorCode::Internal, &error)))
+}
+
 fn method_filter(method: &str) -> MethodFilter {
     match method {
         "POST" => MethodFilter::POST,

@@ -1,7 +1,7 @@
 //! The handlers of the endpoints that answer one JSON value.
 
 use super::streams;
-use super::{App, Call, json_route, raw_route};
+use super::{App, Call, json_route, raw_route, to_its_end};
 use crate::convert;
 use crate::vm::{Answer, Ask, Handle};
 use crate::world::World;
@@ -68,12 +68,15 @@ pub(super) fn router() -> Router<App> {
         call.app.world.images.image(call.parameter("image"))
     });
     let router = json_route::<DeleteImage, _>(router, |call| async move {
-        call.app
-            .world
-            .images
-            .delete_image(call.parameter("image"), |vm| call.app.registry.describe(vm))
-            .await?;
-        Ok(Nothing {})
+        to_its_end(async move {
+            let describe = |vm| call.app.registry.describe(vm);
+            let images = &call.app.world.images;
+            images
+                .delete_image(call.parameter("image"), describe)
+                .await?;
+            Ok(Nothing {})
+        })
+        .await
     });
     let router =
         json_route::<GetKernels, _>(
@@ -84,14 +87,15 @@ pub(super) fn router() -> Router<App> {
         images::start_import(&call.app.world, call.request)
     });
     let router = json_route::<DeleteKernel, _>(router, |call| async move {
-        call.app
-            .world
-            .images
-            .delete_kernel(call.parameter("kernel"), |vm| {
-                call.app.registry.describe(vm)
-            })
-            .await?;
-        Ok(Nothing {})
+        to_its_end(async move {
+            let describe = |vm| call.app.registry.describe(vm);
+            let images = &call.app.world.images;
+            images
+                .delete_kernel(call.parameter("kernel"), describe)
+                .await?;
+            Ok(Nothing {})
+        })
+        .await
     });
     let router = json_route::<GetOperations, _>(router, |call| async move {
         Ok(call.app.world.operations.list())
@@ -237,17 +241,13 @@ async fn create_vm(call: Call<CreateVm>) -> Result<Vm, ErrorBody> {
         idempotency_key,
         ..
     } = call;
-    // A client that goes away must not stop the creation halfway.
     let world = app.world.clone();
-    let created = tokio::spawn(async move {
+    let created = to_its_end(async move {
         app.registry
             .create(&app.world, request, idempotency_key)
             .await
     });
-    let handle = created
-        .await
-        .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))??;
-    Ok(convert::vm(&world, &handle.latest()))
+    Ok(convert::vm(&world, &created.await?.latest()))
 }
 
 async fn ask<T>(call: &Call<T>, ask: Ask) -> Result<Vm, ErrorBody> {
@@ -299,8 +299,9 @@ async fn set_vm(call: Call<SetVm>) -> Result<Vm, ErrorBody> {
         None => None,
     };
     let change = convert::change(request, image)?;
-    let view = call.app.registry.change(&handle, change).await?;
-    Ok(convert::vm(&call.app.world, &view))
+    let registry = call.app.registry.clone();
+    let changed = to_its_end(async move { registry.change(&handle, change).await });
+    Ok(convert::vm(&call.app.world, &changed.await?))
 }
 
 async fn delete_vm(call: Call<DeleteVm>) -> Result<Vm, ErrorBody> {
@@ -347,6 +348,11 @@ async fn wait(call: Call<WaitVm>) -> Result<Vm, ErrorBody> {
     let waited =
         tokio::time::timeout(limit, view.wait_for(|view| reached(view) || hopeless(view))).await;
     match waited {
+        Ok(Ok(view)) if view.purged => Err(ErrorBody::new(
+            ErrorCode::NotFound,
+            format!("the VM `{name}` was removed for ever"),
+        )
+        .hint("`banger vm list` shows those that are there")),
         Ok(Ok(view)) if !reached(&view) => {
             let why = match &view.phase {
                 Phase::Stopped { why } => why.to_string(),

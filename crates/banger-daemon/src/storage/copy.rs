@@ -1,39 +1,22 @@
 //! A sparse copy of the image, larger by the new data that the VM may write; the guest grows the filesystem.
 
-use super::{Layer, RootDrive, StorageDriver, StorageFacts, ensure_disk, extend};
-use crate::images::build_error;
+use super::{Layer, RootDrive, StorageDriver, StorageFacts, copy_larger, open_own};
 use banger_api::error::ErrorBody;
-use banger_core::spec::Storage;
 use banger_image::template;
 
 #[derive(Debug)]
 pub(super) struct Copy;
 
 impl StorageDriver for Copy {
-    fn storage(&self) -> Storage {
-        Storage::Copy
-    }
-
     fn judge(&self, _: &StorageFacts) -> Result<String, String> {
         Ok("copy works everywhere".to_owned())
     }
 
     fn create(&self, layer: &Layer) -> Result<(), ErrorBody> {
-        let grown = layer.image_bytes()? + layer.overlay_bytes;
-        template::sparse_copy(&layer.image, &layer.file).map_err(|error| build_error(&error))?;
-        let extended = extend(&layer.file, grown);
-        if extended.is_err() {
-            // A copy that is too small is of no use; the first failure is what counts.
-            let _ = std::fs::remove_file(&layer.file);
-        }
-        extended
+        copy_larger(layer, template::sparse_copy)
     }
 
     fn open(&self, layer: &Layer) -> Result<RootDrive, ErrorBody> {
-        let uuid = &layer.image_uuid;
-        ensure_disk(&layer.name, layer.precious, &layer.file, uuid, || {
-            self.create(layer)
-        })?;
-        Ok(RootDrive::own(layer.file.clone(), layer))
+        open_own(layer, || self.create(layer))
     }
 }

@@ -27,6 +27,7 @@ use banger_core::id::{InstanceId, VmId};
 use banger_core::name::VmName;
 use banger_core::spec::{Storage, StorageChoice, StorageImpossible, resolve_storage};
 use banger_image::context::Context;
+use banger_image::error::BuildError;
 use banger_image::image::ROOT_IMAGE;
 use banger_image::template;
 use std::path::{Path, PathBuf};
@@ -136,10 +137,6 @@ impl RootDrive {
 
 /// A storage driver.
 pub(crate) trait StorageDriver: std::fmt::Debug + Send + Sync {
-    #[allow(dead_code, reason = "messages of the verbs that come after it")]
-    /// Which one it is.
-    fn storage(&self) -> Storage;
-
     /// What speaks for it on this host, or why it is not possible.
     fn judge(&self, facts: &StorageFacts) -> Result<String, String>;
 
@@ -179,13 +176,6 @@ pub(crate) trait StorageDriver: std::fmt::Debug + Send + Sync {
             let _ = std::fs::remove_file(&fresh);
         }
         renamed
-    }
-
-    #[allow(dead_code, reason = "the views that need it come after it")]
-    /// The bytes that the layer takes on the host.
-    fn bytes_on_host(&self, layer: &Layer) -> Result<u64, ErrorBody> {
-        banger_host::storage::allocated(&layer.file)
-            .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))
     }
 }
 
@@ -280,6 +270,37 @@ pub(crate) fn replace_empty(
     remove_if_there(target)?;
     make_empty(cache, bytes, target, uuid)?;
     make_durable(target)
+}
+
+/// Makes a layer that is the image's content by `copy`, larger by what the VM may write: the guest grows the
+/// filesystem in it. After an error nothing is left of it.
+fn copy_larger(
+    layer: &Layer,
+    copy: fn(&Path, &Path) -> Result<(), BuildError>,
+) -> Result<(), ErrorBody> {
+    let grown = layer.image_bytes()? + layer.overlay_bytes;
+    copy(&layer.image, &layer.file).map_err(|error| build_error(&error))?;
+    let extended = extend(&layer.file, grown);
+    if extended.is_err() {
+        // One that is too small is of no use; the first failure is what counts.
+        let _ = std::fs::remove_file(&layer.file);
+    }
+    extended
+}
+
+/// Checks a layer that carries the image's own UUID.
+fn open_own(
+    layer: &Layer,
+    create: impl Fn() -> Result<(), ErrorBody>,
+) -> Result<RootDrive, ErrorBody> {
+    ensure_disk(
+        &layer.name,
+        layer.precious,
+        &layer.file,
+        &layer.image_uuid,
+        create,
+    )?;
+    Ok(RootDrive::own(layer.file.clone(), layer))
 }
 
 /// Grows a file, which keeps its content, to `bytes`. It never shrinks: it may be larger than anybody remembers, and

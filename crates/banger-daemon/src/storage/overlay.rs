@@ -4,16 +4,11 @@ use super::{
     Layer, RootDrive, StorageDriver, StorageFacts, ensure_disk, made_over_another, make_empty,
 };
 use banger_api::error::ErrorBody;
-use banger_core::spec::Storage;
 
 #[derive(Debug)]
 pub(super) struct Overlay;
 
 impl StorageDriver for Overlay {
-    fn storage(&self) -> Storage {
-        Storage::Overlay
-    }
-
     fn judge(&self, _: &StorageFacts) -> Result<String, String> {
         Ok("overlay shares the image and needs nothing of the host".to_owned())
     }

@@ -10,7 +10,6 @@ use super::{
 use crate::vm::files::io_error;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_core::id::{InstanceId, VmId};
-use banger_core::spec::Storage;
 use banger_core::watermark::{
     CowVerdict, UNLIMITED_WRITES, cow, cow_first, cow_most, cow_must_pause, cow_next_check_ms,
 };
@@ -34,10 +33,6 @@ const _: () = assert!(HEADER[12] as u64 == ops::CHUNK_SECTORS);
 pub(super) struct Snapshot;
 
 impl StorageDriver for Snapshot {
-    fn storage(&self) -> Storage {
-        Storage::Snapshot
-    }
-
     fn judge(&self, facts: &StorageFacts) -> Result<String, String> {
         facts.snapshot().clone()?;
         Ok("snapshot, this host has device-mapper".to_owned())

@@ -1,5 +1,5 @@
 //! The same suite over every storage driver, on every filesystem that this machine can mount. Snapshots need
-//! device-mapper: where there is none, the program of these tests can be given to the test host as its suite.
+//! device-mapper: where there is none they are told as skipped here, and the test host's own suite tests them alone.
 
 use super::*;
 use banger_host::exec::Run;
@@ -92,7 +92,7 @@ impl Place {
         match driver.judge(&facts) {
             Ok(_) => true,
             Err(why) => {
-                eprintln!("SKIPPED: {test}: {}: {why}", driver.storage());
+                eprintln!("SKIPPED: {test}: {driver:?}: {why}");
                 false
             }
         }
@@ -186,7 +186,7 @@ fn conforms(test: &str, place: &Place, driver: &dyn StorageDriver) {
     put(&first, "mine", b"written by the guest");
     driver.close(&layer.owner).unwrap();
     driver.close(&layer.owner).unwrap();
-    assert!(driver.bytes_on_host(&layer).unwrap() > 0);
+    assert!(banger_host::storage::allocated(&layer.file).unwrap() > 0);
 
     let layer = Layer {
         precious: true,

@@ -23,9 +23,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::broadcast;
+use tokio::task::JoinSet;
 
 /// A VM that went on is not let go on again before this: what stops it may be a quota that we cannot see.
 const GOES_ON_EVERY: Duration = Duration::from_secs(5);
+/// How long VMs may take to be paused or to go on, before the filesystem is looked at again.
+const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 /// How soon a filesystem that could not be measured is measured again.
 const AGAIN: Duration = Duration::from_secs(5);
 
@@ -35,6 +38,8 @@ pub(crate) async fn watch(world: Arc<World>, registry: Arc<Registry>) {
     let mut down = world.shutdown.subscribe();
     let mut known = HashMap::new();
     loop {
+        // What changed until now is seen by this look.
+        events = events.resubscribe();
         let next = look(&world, &registry, &mut known).await;
         tokio::select! {
             () = after(next) => {}
@@ -103,11 +108,12 @@ async fn look(
     };
     let paused = live.iter().any(|(_, view)| is_paused_for_room(&view.phase));
     let mark = filesystem(room.available, room.total, UNLIMITED_WRITES, paused);
-    // What was thrown away goes before anybody is paused.
-    let scarce = matches!(mark.verdict, Verdict::PauseGrowing | Verdict::PauseAll);
-    if scarce && registry.give_way().await {
+    // What was thrown away goes before anybody is paused, as long as there is the time.
+    if mark.verdict == Verdict::PauseGrowing && registry.give_way().await {
         return Some(Duration::ZERO);
     }
+    // All at once: one VM that is slow to answer must not let the others write on.
+    let mut told = JoinSet::new();
     let mut next = Duration::from_millis(mark.next_check_ms);
     for (handle, view) in live {
         let known = known.entry(handle.id).or_default();
@@ -132,7 +138,9 @@ async fn look(
         };
         match intent(&view.phase, mark.verdict, is) {
             Intent::Nothing => {}
-            Intent::Pause => pause(world, &handle, room, known.cramped).await,
+            Intent::Pause => {
+                told.spawn(pause(Arc::clone(world), handle, room, known.cramped));
+            }
             Intent::GoOn if known.went_on.is_some_and(|at| at.elapsed() < GOES_ON_EVERY) => {
                 next = next.min(GOES_ON_EVERY);
             }
@@ -140,9 +148,18 @@ async fn look(
                 known.went_on = Some(Instant::now());
                 // Written while it was paused for another reason; it is measured anew.
                 known.taken = None;
-                go_on(world, &handle).await;
+                told.spawn(go_on(Arc::clone(world), handle));
             }
         }
+    }
+    if tokio::time::timeout(ANSWER_LIMIT, told.join_all())
+        .await
+        .is_err()
+    {
+        tracing::warn!("a VM does not answer whether it was paused for room, or goes on");
+    }
+    if mark.verdict == Verdict::PauseAll && registry.give_way().await {
+        return Some(Duration::ZERO);
     }
     Some(next)
 }
@@ -292,19 +309,19 @@ async fn tend_in_time(world: &Arc<World>, view: &View, known: &mut Known) -> Dur
     next
 }
 
-async fn pause(world: &World, handle: &Handle, room: Space, cramped: bool) {
+async fn pause(world: Arc<World>, handle: Handle, room: Space, cramped: bool) {
     let free = room.available >> 20;
     let why = if cramped {
         format!("paused: its copy-on-write file is full, and the host has {free} MiB free")
     } else {
         format!("paused: the host's filesystem has {free} MiB free")
     };
-    tell(world, handle, Request::Pause, why).await;
+    tell(&world, &handle, Request::Pause, why).await;
 }
 
-async fn go_on(world: &World, handle: &Handle) {
+async fn go_on(world: Arc<World>, handle: Handle) {
     let why = "goes on: the host has room again".to_owned();
-    tell(world, handle, Request::Resume, why).await;
+    tell(&world, &handle, Request::Resume, why).await;
 }
 
 async fn tell(world: &World, handle: &Handle, request: Request, why: String) {

@@ -343,6 +343,18 @@ impl Actor {
             Standing::Live(&phase)
         };
         tracing::debug!(vm = %self.record.id, request = ask.request.verb(), phase = phase.name(), "request");
+        if let Some(until) = ask.trashed_until
+            && self.record.trashed_at.is_none_or(|at| at > until)
+        {
+            // It was in the trash when the asker looked.
+            let name = &self.record.name;
+            let message = format!("`{name}` came back from the trash");
+            let error = ErrorBody::new(ErrorCode::WrongPhase, message).hint(format!(
+                "`banger vm delete --purge {name}` removes it all the same"
+            ));
+            answer_to(reply, Err(error));
+            return;
+        }
         if trashed && ask.purge {
             let answer = self.purge().await.map(|()| self.view.borrow().clone());
             answer_to(reply, answer);

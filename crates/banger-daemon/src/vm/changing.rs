@@ -42,17 +42,17 @@ impl Actor {
         if let Some(port) = &change.patch.live.publish {
             self.refuse_collision(port)?;
         }
-        // What is refused is refused before anything is thrown away.
+        // What is refused, and what may find no room, comes before anything is thrown away.
         self.refuse_shrinking(change.disk_bytes)?;
-        if let Some(image) = &change.image
-            && image.manifest.id != self.record.spec.image
-        {
-            self.change_image(image).await?;
-        }
         if let Some(bytes) = change.disk_bytes
             && Some(bytes) != self.record.spec.disk_bytes
         {
             self.grow_disk(bytes).await?;
+        }
+        if let Some(image) = &change.image
+            && image.manifest.id != self.record.spec.image
+        {
+            self.change_image(image).await?;
         }
         let mut changed = (*self.record).clone();
         changed.spec = changed.spec.patched(&change.patch);
@@ -201,7 +201,7 @@ impl Actor {
         let cache = self.world.paths.cache.clone();
         blocking(move || match fresh {
             Some(uuid) => storage::replace_empty(&cache, bytes.get(), &path, uuid),
-            None => storage::extend(&path, bytes.get()),
+            None => storage::extend(&path, bytes.get()).and_then(|()| storage::make_durable(&path)),
         })
         .await??;
         point("set", "disk", Side::After);

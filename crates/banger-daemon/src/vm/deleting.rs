@@ -79,7 +79,7 @@ impl Actor {
                 format!("the storage of `{}` cannot be detached", self.record.name),
             );
             error.causes.push(problem);
-            return Err(error);
+            return Err(error.hint("`banger host ls` shows what is left on the host; repeat the command when it is free"));
         }
         release_port(&self.world, self.record.id, "delete").await;
         self.clear_run("delete").await;

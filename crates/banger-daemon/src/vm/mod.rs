@@ -87,6 +87,8 @@ pub(crate) struct Ask {
     pub(crate) name: Option<VmName>,
     /// For [`Request::Delete`]: remove record and files for ever.
     pub(crate) purge: bool,
+    /// For a purge that nobody asked of this very VM: only if it has been in the trash since then or before.
+    pub(crate) trashed_until: Option<Timestamp>,
     /// For [`Request::Pause`] and [`Request::Resume`]: asked by the daemon, because the host has no room, or has it
     /// again.
     pub(crate) for_room: bool,
@@ -106,6 +108,7 @@ impl Ask {
             storage: None,
             name: None,
             purge: false,
+            trashed_until: None,
             for_room: false,
             going_down: None,
         }

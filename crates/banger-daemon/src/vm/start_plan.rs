@@ -183,12 +183,15 @@ impl StartPlan {
         blocking(move || try_lock(&files.lock()))
             .await?
             .map_err(|error| match &error {
-                LockError::Held(_) => ErrorBody::new(
+                LockError::Held(path) => ErrorBody::new(
                     ErrorCode::Unreachable,
-                    format!("a process of `{name}` is still alive"),
+                    format!("cannot start `{name}`: somebody has its files"),
                 )
                 .caused_by(&error)
-                .hint(format!("`banger vm kill {name}` ends it")),
+                .hint(format!(
+                    "`fuser -v {}` shows who; if `banger vm list` shows it as running then, `banger vm kill {name}` ends it",
+                    path.display()
+                )),
                 LockError::Io { source, path } => io_error("lock", path, source),
             })
     }
@@ -212,7 +215,7 @@ impl StartPlan {
         Ok(lease)
     }
 
-    async fn write_boot(&self, opened: &Opened) -> Result<(AttemptFile, Prepared), ErrorBody> {
+    async fn write_boot(&self, opened: &Opened) -> Result<(AttemptFile, Launch), ErrorBody> {
         let world = Arc::clone(&self.world);
         let (record, files, opened, asked_at) = (
             Arc::clone(&self.record),
@@ -228,7 +231,7 @@ impl StartPlan {
         waiting: JoinHandle<Result<Waiting, SpawnError>>,
         lock: Locked,
         lease: Lease,
-        prepared: Prepared,
+        prepared: Launch,
     ) -> Result<Child, ErrorBody> {
         let waiting = waiting
             .await
@@ -245,7 +248,7 @@ impl StartPlan {
             descriptors.push(lease.network_namespace.as_fd());
             let launch = Launch {
                 descriptors: roles,
-                ..prepared.launch
+                ..prepared
             };
             let failed = |message: String| {
                 ErrorBody::new(ErrorCode::StartFailed, message).hint(format!(
@@ -355,19 +358,13 @@ fn open_files(world: &World, record: &VmRecord, files: &VmFiles) -> Result<Opene
     Ok(opened)
 }
 
-/// A launch that lacks only its descriptors.
-#[derive(Debug)]
-struct Prepared {
-    launch: Launch,
-}
-
 fn write_boot(
     world: &World,
     record: &VmRecord,
     files: &VmFiles,
     opened: &Opened,
     asked_at: Instant,
-) -> Result<(AttemptFile, Prepared), ErrorBody> {
+) -> Result<(AttemptFile, Launch), ErrorBody> {
     let Chosen {
         vmm,
         accelerator,
@@ -436,7 +433,7 @@ fn write_boot(
         },
         exit_file: files.exit(),
     };
-    Ok((attempt, Prepared { launch }))
+    Ok((attempt, launch))
 }
 
 /// The raw configuration given to the VMM, for `vm.json`.

@@ -19,9 +19,21 @@ pub(crate) struct World {
     before: BTreeSet<String>,
 }
 
+/// These tests load modules, mount, and start and end udev: not on anybody's own machine.
+///
+/// # Panics
+/// This is not the test host.
+pub(crate) fn assert_inside() {
+    assert!(
+        std::path::Path::new("/mnt/suite").exists(),
+        "this test runs inside the test host: `cargo xtask test`"
+    );
+}
+
 impl World {
     /// An empty one, whose daemon finds the tests' image and kernel.
     pub(crate) fn new() -> Self {
+        assert_inside();
         let home = tempfile::tempdir_in("/var/tmp").unwrap();
         let before = host_objects();
         let world = Self { home, before };

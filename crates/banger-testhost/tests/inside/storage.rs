@@ -1,6 +1,7 @@
 //! Storage drivers that need device-mapper, a udev or filesystems of their own.
 
-use super::inside::{World, boot, command};
+use super::has_firecracker;
+use super::inside::{World, assert_inside, boot, command};
 use banger_core::id::{InstanceId, VmId};
 use banger_host::op::{HostAnswer, HostOp, SnapshotState};
 use banger_host::storage::ops::{CHUNK_SECTORS, list, perform};
@@ -278,10 +279,8 @@ fn a_vm_lives_on_a_snapshot_under_qemu() {
 #[test]
 #[ignore = "runs inside the test host"]
 fn a_vm_lives_on_a_snapshot_under_firecracker() {
-    if Path::new("/usr/local/bin/firecracker").exists() {
+    if has_firecracker("a_vm_lives_on_a_snapshot_under_firecracker") {
         lives_on_a_snapshot("firecracker");
-    } else {
-        eprintln!("SKIPPED: a_vm_lives_on_a_snapshot_under_firecracker: no firecracker came along");
     }
 }
 
@@ -335,8 +334,7 @@ fn lives_on_a_snapshot(driver: &str) {
 #[ignore = "runs inside the test host"]
 fn a_guest_of_firecracker_that_fills_the_host_waits_and_loses_nothing() {
     let test = "a_guest_of_firecracker_that_fills_the_host_waits_and_loses_nothing";
-    if !Path::new("/usr/local/bin/firecracker").exists() {
-        eprintln!("SKIPPED: {test}: no firecracker came along");
+    if !has_firecracker(test) {
         return;
     }
     let world = World::new();
@@ -413,6 +411,7 @@ struct Udev;
 
 impl Udev {
     fn start() -> Self {
+        assert_inside();
         let rules = Path::new("/run/udev/rules.d");
         std::fs::create_dir_all(rules).unwrap();
         std::fs::write(rules.join("60-banger.rules"), RULES).unwrap();
