@@ -35,9 +35,15 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
+
+/// How long the lock of the state folder may be held by what is left of another daemon.
+const LOCK_LIMIT: Duration = Duration::from_secs(1);
+/// How often it is tried by then.
+const LOCK_RETRY: Duration = Duration::from_millis(10);
 
 /// Runs the daemon until it is told to go down.
 pub fn main() -> ExitCode {
@@ -50,7 +56,7 @@ pub fn main() -> ExitCode {
     let outcome = match runtime {
         Ok(runtime) => {
             let outcome = runtime.block_on(run());
-            runtime.shutdown_timeout(std::time::Duration::from_secs(2));
+            runtime.shutdown_timeout(Duration::from_secs(2));
             outcome
         }
         Err(error) => Err(ErrorBody::from_error(ErrorCode::Internal, &error)),
@@ -104,7 +110,7 @@ async fn run() -> Result<(), ErrorBody> {
     ] {
         make_folder(folder).map_err(|error| unfit("make", folder, &error))?;
     }
-    let lock = take_lock(&paths)?;
+    let lock = take_lock(&paths).await?;
     say_build(&lock, "");
     let log = BoundedLog::open(&paths.daemon_log())
         .map_err(|error| unfit("open", &paths.daemon_log(), &error))?;
@@ -150,7 +156,7 @@ async fn run() -> Result<(), ErrorBody> {
     watcher.abort();
     world.operations.cancel_all().await;
     // Requests under way get a moment to be answered; a stream that nobody reads must not keep the daemon alive.
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(2), server).await;
+    let _ = tokio::time::timeout(Duration::from_secs(2), server).await;
     if let Err(error) = std::fs::remove_file(paths.socket()) {
         tracing::debug!(%error, "the socket was gone already");
     }
@@ -165,7 +171,9 @@ async fn run() -> Result<(), ErrorBody> {
     Ok(())
 }
 
-fn take_lock(paths: &Paths) -> Result<File, ErrorBody> {
+/// The lock of the state folder. A daemon that died may have left it for a moment to a child that was about to become
+/// another program, which has no event to wait for.
+async fn take_lock(paths: &Paths) -> Result<File, ErrorBody> {
     let path = paths.daemon_lock();
     let file = File::options()
         .create(true)
@@ -173,13 +181,17 @@ fn take_lock(paths: &Paths) -> Result<File, ErrorBody> {
         .write(true)
         .open(&path);
     let file = file.map_err(|error| unfit("open", &path, &error))?;
-    file.try_lock().map_err(|_| {
-        ErrorBody::new(
-            ErrorCode::DaemonUnreachable,
-            "another daemon of this state folder is running",
-        )
-        .hint("`banger daemon status` shows it; `banger daemon restart` replaces it")
-    })?;
+    let deadline = Instant::now() + LOCK_LIMIT;
+    while file.try_lock().is_err() {
+        if Instant::now() >= deadline {
+            return Err(ErrorBody::new(
+                ErrorCode::DaemonUnreachable,
+                "another daemon of this state folder is running",
+            )
+            .hint("`banger daemon status` shows it; `banger daemon restart` replaces it"));
+        }
+        tokio::time::sleep(LOCK_RETRY).await;
+    }
     Ok(file)
 }
 
@@ -218,7 +230,7 @@ fn listen(socket: &Path) -> Result<UnixListener, ErrorBody> {
 
 /// Makes the socket again when somebody removed it.
 async fn keep_socket(socket: std::path::PathBuf, app: App) {
-    let mut timer = tokio::time::interval(std::time::Duration::from_secs(5));
+    let mut timer = tokio::time::interval(Duration::from_secs(5));
     loop {
         timer.tick().await;
         if socket.exists() {

@@ -97,7 +97,7 @@ mod tests {
         ];
         insta::assert_snapshot!(render(&objects), @r"
         KIND     NAME          OWNER
-        process  12 (bangerd)  instance
+        process  12 (bangerd)  (instance)
         tap      bt1f2e3d4c5b  calm-otter  left over
         ");
     }
