@@ -207,7 +207,7 @@ fn stage(world: &World, record: &VmRecord, staging: &VmFiles) -> Result<(), Erro
     files::make_folder(&staging.folder)
         .map_err(|error| io_error("make", &staging.folder, &error))?;
     let layer = Layer::of(world, record, staging)?;
-    storage::driver(record.spec.storage).create(&layer)?;
+    world.storage.driver(record.spec.storage).create(&layer)?;
     if let (Some(uuid), Some(bytes)) = (record.disk_uuid, record.spec.disk_bytes) {
         storage::make_empty(&world.paths.cache, bytes.get(), &staging.disk(), uuid)?;
     }

@@ -16,7 +16,7 @@ use crate::operations::Operations;
 use crate::record::VmRecord;
 use crate::registry::Registry;
 use crate::server::{self, App};
-use crate::storage::{self, StorageHost, watermark};
+use crate::storage::{StorageHost, watermark};
 use crate::store::{Opened, Store};
 use crate::vm::actor::{self, Found};
 use crate::vm::files::make_folder;
@@ -324,6 +324,7 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
     }
     let authorized_key = keys::ensure_own(&paths.ssh()).map_err(|error| internal(&error))?;
     let (mode, host) = host_side(config.network.mode)?;
+    let host = host.map(Arc::new);
     // Two: a server that is being started, and its successor.
     let names = Names::new(Zone::new(instance.pool), paths.state.join("records.json"));
     let (servers, sockets) = tokio::sync::mpsc::channel(2);
@@ -331,7 +332,7 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
         instance: instance.id,
         pool: instance.pool,
         mode,
-        host,
+        host: host.clone(),
         pasta: config
             .network
             .pasta
@@ -357,7 +358,7 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
             paths.state.join("kvm.json"),
             boot_id.clone(),
         ),
-        storage: StorageHost::default(),
+        storage: StorageHost::new(host),
         paths: paths.clone(),
         config,
         instance,
@@ -482,14 +483,17 @@ async fn readdress(world: &World, mut records: Vec<VmRecord>) -> Result<Vec<VmRe
 }
 
 /// Snapshots of ours that belong to no VM are left from a VM whose record is gone: they are detached.
-async fn detach_foreign_snapshots(world: &World, registry: &Registry) {
+async fn detach_foreign_snapshots(world: &Arc<World>, registry: &Registry) {
     let known = [false, true]
         .into_iter()
         .flat_map(|trash| registry.list(trash))
         .map(|handle| handle.id)
         .collect();
-    let instance = world.instance.id;
-    let swept = tokio::task::spawn_blocking(move || storage::sweep(instance, &known)).await;
+    let shared = Arc::clone(world);
+    let swept = tokio::task::spawn_blocking(move || {
+        shared.storage.snapshot().sweep(shared.instance.id, &known)
+    });
+    let swept = swept.await;
     for (vm, error) in swept.unwrap_or_default() {
         tracing::warn!(%vm, error = error.message, causes = ?error.causes, "a snapshot could not be detached");
     }

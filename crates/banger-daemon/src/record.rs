@@ -6,6 +6,7 @@ use banger_core::id::VmId;
 use banger_core::name::VmName;
 use banger_core::phase::{Desired, StopReason};
 use banger_core::spec::VmSpec;
+use banger_host::storage::replace_unsynced;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::net::Ipv4Addr;
@@ -92,7 +93,7 @@ impl VmRecord {
             config,
         };
         let bytes = serde_json::to_vec_pretty(&file)?;
-        replace_unsynced(&path, &bytes)
+        replace_unsynced(&path, &bytes, 0o600)
     }
 
     /// What it has of the network while it lives.
@@ -121,26 +122,4 @@ fn read(path: &Path) -> Result<VmFile, MirrorError> {
         path: path.to_owned(),
         source,
     })
-}
-
-/// Replaces a file (mode 0600) at once or not at all, without waiting for the disk.
-pub(crate) fn replace_unsynced(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    let staged = path.with_extension("new");
-    let mut options = std::fs::OpenOptions::new();
-    let mut file = options
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&staged)?;
-    let written = file
-        .write_all(bytes)
-        .and_then(|()| std::fs::rename(&staged, path));
-    if written.is_err() {
-        // What was staged is of no use; the old file is still there.
-        let _ = std::fs::remove_file(&staged);
-    }
-    written
 }

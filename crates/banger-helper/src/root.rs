@@ -2,11 +2,12 @@
 //! sent it; and one thread that keeps what was asked for as it is.
 
 use banger_host::error_chain;
+use banger_host::exec::timespec;
 use banger_host::host_side::{Caller, Host, Settled};
 use banger_host::net::host::HostOpError;
 use banger_host::net::seqpacket;
 use banger_host::op::{HostAnswer, HostOp, HostReply, HostRequest};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::SocketFlags;
@@ -80,13 +81,7 @@ fn accept_until_idle(
     let mut last = Instant::now();
     let mut turned_away = TurnedAway::default();
     loop {
-        let limit = idle.map(|idle| {
-            let left = idle.saturating_sub(last.elapsed());
-            Timespec {
-                tv_sec: left.as_secs().cast_signed(),
-                tv_nsec: left.subsec_nanos().into(),
-            }
-        });
+        let limit = idle.map(|idle| timespec(idle.saturating_sub(last.elapsed())));
         match poll(&mut [PollFd::new(listener, PollFlags::IN)], limit.as_ref()) {
             Ok(0) => {
                 // What could not be looked at may be attached.

@@ -1,6 +1,7 @@
 //! `banger-netns`' socket, and how long it lives.
 
 use banger_host::error_chain;
+use banger_host::exec::timespec;
 use banger_host::net::namespace::Namespace;
 use banger_host::net::seqpacket::{self, Place};
 use banger_host::op::{
@@ -159,10 +160,7 @@ impl Server {
                 if left.is_zero() && self.shared.abandon() {
                     return Ok(());
                 }
-                Some(Timespec {
-                    tv_sec: left.as_secs().cast_signed(),
-                    tv_nsec: left.subsec_nanos().into(),
-                })
+                Some(timespec(left))
             };
             let mut fds = [
                 PollFd::new(&self.listener, PollFlags::IN),

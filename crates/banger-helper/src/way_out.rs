@@ -4,9 +4,10 @@
 //! knows only those with a name on disk), so somebody must end it with the keeper: this process, which nobody needs to
 //! keep alive. If it is killed itself, the kernel kills `pasta`.
 
+use banger_host::exec::timespec;
 use banger_host::net::keeper::Readiness;
 use banger_host::op::UPLINK;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
@@ -152,10 +153,7 @@ fn watch(
             fds.push(PollFd::from_borrowed_fd(pipe, PollFlags::IN));
         }
         let left = deadline.saturating_duration_since(Instant::now());
-        let limit = ready.is_some().then(|| Timespec {
-            tv_sec: left.as_secs().cast_signed(),
-            tv_nsec: left.subsec_nanos().into(),
-        });
+        let limit = ready.is_some().then(|| timespec(left));
         match poll(&mut fds, limit.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(failed(errno)),

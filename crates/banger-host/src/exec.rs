@@ -303,7 +303,8 @@ impl Heard {
     }
 }
 
-pub(crate) fn timespec(duration: Duration) -> Timespec {
+/// `duration` as system calls take it.
+pub fn timespec(duration: Duration) -> Timespec {
     Timespec {
         tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: duration.subsec_nanos().into(),

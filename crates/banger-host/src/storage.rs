@@ -4,6 +4,7 @@ pub mod dm;
 pub mod loopdev;
 pub mod ops;
 mod reflink;
+pub mod snapshot_files;
 
 pub use reflink::{ReflinkError, filesystem_name, mount_point, try_reflink};
 
@@ -96,15 +97,6 @@ pub fn create_sparse(path: &Path, size: u64, mode: u32) -> Result<File, StorageE
     Ok(file)
 }
 
-/// Sets the size of `file` (named `path` in errors).
-///
-/// # Errors
-/// The filesystem refuses.
-pub fn resize(file: &File, path: &Path, size: u64) -> Result<(), StorageError> {
-    file.set_len(size)
-        .map_err(StorageError::new("set the size of", path))
-}
-
 /// Writes `bytes` to the beginning of `file` (named `path` in errors).
 ///
 /// # Errors
@@ -112,6 +104,22 @@ pub fn resize(file: &File, path: &Path, size: u64) -> Result<(), StorageError> {
 pub fn write_at_start(file: &File, path: &Path, bytes: &[u8]) -> Result<(), StorageError> {
     std::os::unix::fs::FileExt::write_all_at(file, bytes, 0)
         .map_err(StorageError::new("write", path))
+}
+
+/// Has the filesystem write the blocks of `file` (named `path` in errors), which is empty, where they are: else btrfs
+/// gives each write a new place, and room that was reserved is room for the first write alone.
+///
+/// # Errors
+/// The filesystem refuses.
+pub fn write_in_place(file: &File, path: &Path) -> Result<(), StorageError> {
+    let set = || {
+        if reflink::filesystem_of(rustix::fs::fstatfs(file)?.f_type) != Some("btrfs") {
+            return Ok(());
+        }
+        let flags = rustix::fs::ioctl_getflags(file)?;
+        rustix::fs::ioctl_setflags(file, flags | rustix::fs::IFlags::NOCOW)
+    };
+    set().map_err(|errno| StorageError::new("keep the blocks of", path)(errno.into()))
 }
 
 /// Makes sure that writing to the first `size` bytes of `file` (named `path` in errors) will not run out of room.
@@ -151,30 +159,47 @@ pub fn sync_directory(path: &Path) -> Result<(), StorageError> {
 /// # Errors
 /// The filesystem refuses; the old content is there then.
 pub fn replace_file(path: &Path, bytes: &[u8], mode: u32) -> Result<(), StorageError> {
+    replace(path, bytes, mode, File::sync_all).map_err(StorageError::new("write", path))?;
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => sync_directory(parent),
+        _ => sync_directory(Path::new(".")),
+    }
+}
+
+/// As [`replace_file`], but without waiting for the disk: a power cut may leave the old content, or an empty file.
+///
+/// # Errors
+/// The filesystem refuses; the old content is there then.
+pub fn replace_unsynced(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    replace(path, bytes, mode, |_| Ok(()))
+}
+
+fn replace(
+    path: &Path,
+    bytes: &[u8],
+    mode: u32,
+    finish: impl FnOnce(&File) -> io::Result<()>,
+) -> io::Result<()> {
     use std::io::Write as _;
     let mut staged = path.as_os_str().to_owned();
     staged.push(".new");
     let staged = PathBuf::from(staged);
-    let written = OpenOptions::new()
+    let mut file = OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(true)
         .mode(mode)
         .custom_flags(OFlags::NOFOLLOW.bits().cast_signed())
-        .open(&staged)
-        .and_then(|mut file| {
-            file.write_all(bytes)?;
-            file.sync_all()
-        })
+        .open(&staged)?;
+    let written = file
+        .write_all(bytes)
+        .and_then(|()| finish(&file))
         .and_then(|()| std::fs::rename(&staged, path));
-    if let Err(source) = written {
+    if written.is_err() {
+        // What was staged is of no use; the first failure is what counts.
         let _ = std::fs::remove_file(&staged);
-        return Err(StorageError::new("write", path)(source));
     }
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => sync_directory(parent),
-        _ => sync_directory(Path::new(".")),
-    }
+    written
 }
 
 /// The id of this boot of the machine.

@@ -274,7 +274,7 @@ impl Actor {
             ),
         }
         host_watch::follow_addresses(self.inbox.clone());
-        self.keeping = self.setup.host.as_ref().and_then(host_watch::keep);
+        self.keeping = self.setup.host.as_deref().and_then(host_watch::keep);
     }
 
     fn lease(&mut self, plan: PortPlan) -> Result<Lease, NetworkError> {

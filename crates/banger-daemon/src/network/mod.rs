@@ -56,7 +56,7 @@ pub(crate) struct NetworkSetup {
     pub(crate) pool: Pool,
     pub(crate) mode: Mode,
     /// Who does what needs root; nobody in rootless mode.
-    pub(crate) host: Option<HostSide>,
+    pub(crate) host: Option<Arc<HostSide>>,
     pub(crate) keeper_program: PathBuf,
     pub(crate) keeper_socket: PathBuf,
     pub(crate) pasta: PathBuf,

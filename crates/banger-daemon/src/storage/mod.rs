@@ -16,7 +16,7 @@ pub(crate) mod watermark;
 mod tests;
 
 pub(crate) use facts::StorageFacts;
-pub(crate) use snapshot::{Tended, sweep, tend};
+pub(crate) use snapshot::{Snapshot, Tended};
 
 use crate::images::build_error;
 use crate::record::VmRecord;
@@ -26,12 +26,13 @@ use banger_api::error::{ErrorBody, ErrorCode};
 use banger_core::id::{InstanceId, VmId};
 use banger_core::name::VmName;
 use banger_core::spec::{Storage, StorageChoice, StorageImpossible, resolve_storage};
+use banger_host::host_side::HostSide;
 use banger_image::context::Context;
 use banger_image::error::BuildError;
 use banger_image::image::ROOT_IMAGE;
 use banger_image::template;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use uuid::Uuid;
 
 /// Whose an attached layer is: all host objects of it carry this.
@@ -179,23 +180,37 @@ pub(crate) trait StorageDriver: std::fmt::Debug + Send + Sync {
     }
 }
 
-/// The driver of that name.
-pub(crate) fn driver(storage: Storage) -> &'static dyn StorageDriver {
-    match storage {
-        Storage::Reflink => &reflink::Reflink,
-        Storage::Overlay => &overlay::Overlay,
-        Storage::Copy => &copy::Copy,
-        Storage::Snapshot => &snapshot::Snapshot,
-    }
-}
-
-/// What this host can do for storage, measured once for each run of the daemon.
-#[derive(Debug, Default)]
+/// The storage drivers, and what this host can do for them, measured once for each run of the daemon.
+#[derive(Debug)]
 pub(crate) struct StorageHost {
     facts: OnceLock<StorageFacts>,
+    snapshot: Snapshot,
 }
 
 impl StorageHost {
+    /// With `side`, if there is one, for what needs root.
+    pub(crate) fn new(side: Option<Arc<HostSide>>) -> Self {
+        Self {
+            facts: OnceLock::new(),
+            snapshot: Snapshot::new(side),
+        }
+    }
+
+    /// The driver of that name.
+    pub(crate) fn driver(&self, storage: Storage) -> &dyn StorageDriver {
+        match storage {
+            Storage::Reflink => &reflink::Reflink,
+            Storage::Overlay => &overlay::Overlay,
+            Storage::Copy => &copy::Copy,
+            Storage::Snapshot => &self.snapshot,
+        }
+    }
+
+    /// The driver that can do more than the others have to.
+    pub(crate) fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
     /// The facts. The first call tries things out on the two filesystems.
     pub(crate) fn facts(&self, images: &Path, vms: &Path) -> &StorageFacts {
         self.facts
@@ -211,7 +226,7 @@ pub(crate) fn choose(
     let facts = world
         .storage
         .facts(&world.paths.images(), &world.paths.vms());
-    resolve_storage(choice, |storage| driver(storage).judge(facts))
+    resolve_storage(choice, |storage| world.storage.driver(storage).judge(facts))
 }
 
 /// Why a storage cannot be had, on the wire.

@@ -1,7 +1,7 @@
 //! A device-mapper snapshot of the image: the image below, what the VM writes in a file of its own.
 //!
 //! The kernel drops a snapshot for ever when its copy-on-write file is full or cannot be written. So the room in that
-//! file is reserved on the host before the kernel sees it, it grows long before it is full ([`tend`]), and where it
+//! file is reserved on the host before the kernel sees it, it grows long before it is full ([`Snapshot::tend`]), and where it
 //! cannot grow the VM is paused.
 
 use super::{
@@ -15,12 +15,16 @@ use banger_core::watermark::{
 };
 use banger_host::host_side::HostSide;
 use banger_host::op::{HostAnswer, HostOp, SnapshotState};
-use banger_host::storage::{create_sparse, ops, preallocate, write_at_start};
+use banger_host::storage::{
+    StorageError, create_sparse, ops, preallocate, write_at_start, write_in_place,
+};
 use banger_image::template;
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use uuid::Uuid;
 
 const SECTOR: u64 = 512;
 /// How a copy-on-write file begins; after that come zeros, which hold no chunk. The kernel would write the same, but so
@@ -29,28 +33,44 @@ const HEADER: [u8; 16] = *b"SnAp\x01\0\0\0\x01\0\0\0\x08\0\0\0";
 const MAGIC: std::ops::Range<usize> = 0..4;
 const _: () = assert!(HEADER[12] as u64 == ops::CHUNK_SECTORS);
 
+/// Where udev is told what to leave alone.
+const RULES: [&str; 5] = [
+    "/etc/udev/rules.d",
+    "/run/udev/rules.d",
+    "/usr/local/lib/udev/rules.d",
+    "/usr/lib/udev/rules.d",
+    "/lib/udev/rules.d",
+];
+/// The file that tells it.
+const RULES_FILE: &str = "60-banger.rules";
+/// There while udev runs.
+const UDEV: &str = "/run/udev/control";
+
+/// Snapshots, made by whoever was found to do what needs root when the daemon came up.
 #[derive(Debug)]
-pub(super) struct Snapshot;
+pub(crate) struct Snapshot {
+    side: Option<Arc<HostSide>>,
+    /// Looked at only when it is asked for: it may load a module.
+    possible: OnceLock<Result<(), String>>,
+}
 
 impl StorageDriver for Snapshot {
     fn judge(&self, facts: &StorageFacts) -> Result<String, String> {
-        facts.snapshot().clone()?;
+        facts.own_blocks.clone()?;
+        self.possible.get_or_init(|| self.look()).clone()?;
         Ok("snapshot, this host has device-mapper".to_owned())
     }
 
     fn create(&self, layer: &Layer) -> Result<(), ErrorBody> {
-        let first = cow_first(device_bytes(layer)?);
-        let made = create_sparse(&layer.file, first, 0o600).and_then(|file| {
-            reserve(&file, &layer.file, first)?;
-            write_at_start(&file, &layer.file, &HEADER)
-        });
-        made.map_err(|error| {
-            let body = storage_error(&error);
-            if layer.file.exists() && error.is_no_space() {
-                // Without its room it is of no use; the first failure is what counts.
-                let _ = std::fs::remove_file(&layer.file);
-            }
-            body
+        let (path, first) = (&layer.file, cow_first(device_bytes(layer)?));
+        let file = create_sparse(path, 0, 0o600).map_err(|error| storage_error(&error))?;
+        let filled = write_in_place(&file, path)
+            .and_then(|()| preallocate(&file, path, first))
+            .and_then(|()| write_at_start(&file, path, &HEADER));
+        filled.map_err(|error| {
+            // Without its room it is of no use; the first failure is what counts.
+            let _ = std::fs::remove_file(path);
+            storage_error(&error)
         })
     }
 
@@ -64,11 +84,11 @@ impl StorageDriver for Snapshot {
             vm: layer.owner.vm,
             sectors: device_bytes(layer)? / SECTOR,
         };
-        let HostAnswer::Device { path } = ask(&attach, &[image.as_fd(), cow.as_fd()])? else {
+        let HostAnswer::Device { path } = self.ask(&attach, &[image.as_fd(), cow.as_fd()])? else {
             return Err(misunderstood());
         };
         let path = PathBuf::from(path);
-        let whole = prove(layer, &path).and_then(|()| tend(layer).map(drop));
+        let whole = prove(layer, &path).and_then(|()| self.tend(layer).map(drop));
         if let Err(error) = whole {
             // The first failure is what counts; the start's own unwinding detaches it as well.
             let _ = self.close(&layer.owner);
@@ -82,7 +102,7 @@ impl StorageDriver for Snapshot {
         if !ops::seen(uid, owner.instance).contains(&owner.vm) {
             return Ok(());
         }
-        ask(
+        self.ask(
             &HostOp::DetachSnapshot {
                 instance: owner.instance,
                 vm: owner.vm,
@@ -93,32 +113,135 @@ impl StorageDriver for Snapshot {
     }
 }
 
-/// Detaches the snapshots of an instance's VMs that are not `known`: their records are gone. Answers what could not be
-/// detached.
-pub(crate) fn sweep(instance: InstanceId, known: &HashSet<VmId>) -> Vec<(VmId, ErrorBody)> {
-    let uid = rustix::process::geteuid().as_raw();
-    ops::seen(uid, instance)
-        .into_iter()
-        .filter(|vm| !known.contains(vm))
-        .filter_map(|vm| {
-            tracing::warn!(%vm, "a snapshot without a VM is detached");
-            let closed = Snapshot.close(&Owner { instance, vm });
-            closed.err().map(|error| (vm, error))
-        })
-        .collect()
+impl Snapshot {
+    pub(super) fn new(side: Option<Arc<HostSide>>) -> Self {
+        Self {
+            side,
+            possible: OnceLock::new(),
+        }
+    }
+
+    /// Whether device-mapper makes snapshots for us, or why not.
+    fn look(&self) -> Result<(), String> {
+        let side = self
+            .side
+            .as_deref()
+            .ok_or("it needs root, or `banger-helper`")?;
+        let nobody = Uuid::nil();
+        let status = HostOp::SnapshotStatus {
+            instance: InstanceId::from_uuid(nobody),
+            vm: VmId::from_uuid(nobody),
+        };
+        side.perform(&status, &[])
+            .map_err(|error| banger_host::error_chain(&error))?;
+        let told = RULES
+            .iter()
+            .any(|folder| Path::new(folder).join(RULES_FILE).exists());
+        if Path::new(UDEV).exists() && !told {
+            return Err(format!(
+                "udev would name disks of the host by what images say: `{}/{RULES_FILE}` is missing, which \
+             `sudo make install` puts there",
+                RULES[2]
+            ));
+        }
+        Ok(())
+    }
+
+    /// Detaches the snapshots of an instance's VMs that are not `known`: their records are gone. Answers what could not be
+    /// detached.
+    pub(crate) fn sweep(
+        &self,
+        instance: InstanceId,
+        known: &HashSet<VmId>,
+    ) -> Vec<(VmId, ErrorBody)> {
+        let uid = rustix::process::geteuid().as_raw();
+        ops::seen(uid, instance)
+            .into_iter()
+            .filter(|vm| !known.contains(vm))
+            .filter_map(|vm| {
+                tracing::warn!(%vm, "a snapshot without a VM is detached");
+                let closed = self.close(&Owner { instance, vm });
+                closed.err().map(|error| (vm, error))
+            })
+            .collect()
+    }
+
+    /// Looks how full the copy-on-write file is, and grows it in time.
+    ///
+    /// # Errors
+    /// The kernel has dropped the snapshot, or cannot be asked.
+    pub(crate) fn tend(&self, layer: &Layer) -> Result<Tended, ErrorBody> {
+        let Owner { instance, vm } = layer.owner;
+        let most = cow_most(device_bytes(layer)?);
+        let (used, size) = self.state(layer, &HostOp::SnapshotStatus { instance, vm })?;
+        let CowVerdict::Grow(to) = cow(used, size, most) else {
+            return Ok(Tended {
+                next_check_ms: cow_next_check_ms(used, size, UNLIMITED_WRITES),
+                must_pause: false,
+                grown_to: None,
+            });
+        };
+        let file = open_file(OpenOptions::new().read(true).write(true), &layer.file)?;
+        match preallocate(&file, &layer.file, to) {
+            Ok(()) => {
+                let (used, size) = self.state(layer, &HostOp::GrowSnapshot { instance, vm })?;
+                Ok(Tended {
+                    next_check_ms: cow_next_check_ms(used, size, UNLIMITED_WRITES),
+                    must_pause: cow_must_pause(used, size),
+                    grown_to: Some(size),
+                })
+            }
+            Err(error) => {
+                if !error.is_no_space() {
+                    let error = banger_host::error_chain(&error);
+                    tracing::warn!(vm = %layer.name, error, "a copy-on-write file cannot grow");
+                }
+                // Whatever the reason is: what finds no room is lost with all that was written before.
+                Ok(Tended {
+                    next_check_ms: cow_next_check_ms(used, size, UNLIMITED_WRITES),
+                    must_pause: cow_must_pause(used, size),
+                    grown_to: None,
+                })
+            }
+        }
+    }
+
+    /// The bytes that are used of the copy-on-write file, and its size.
+    fn state(&self, layer: &Layer, op: &HostOp) -> Result<(u64, u64), ErrorBody> {
+        let lost = |why: &str| {
+            ErrorBody::new(
+                ErrorCode::Internal,
+                format!("the kernel has no snapshot of `{}`: {why}", layer.name),
+            )
+            .hint("what was written is in the copy-on-write file; keep it")
+        };
+        match self.ask(op, &[])? {
+            HostAnswer::Snapshot(SnapshotState::Valid {
+                used_sectors,
+                total_sectors,
+            }) => Ok((used_sectors * SECTOR, total_sectors * SECTOR)),
+            HostAnswer::Snapshot(SnapshotState::Absent) => Err(lost("it is not attached")),
+            HostAnswer::Snapshot(SnapshotState::Lost { why }) => Err(lost(&why)),
+            _ => Err(misunderstood()),
+        }
+    }
+
+    fn ask(&self, op: &HostOp, descriptors: &[BorrowedFd<'_>]) -> Result<HostAnswer, ErrorBody> {
+        let side = self.side.as_deref().ok_or_else(|| {
+        ErrorBody::new(ErrorCode::HostUnfit, format!("{} needs root", op.name())).hint(
+            "a daemon that finds `banger-helper` when it starts asks that; `--storage auto` needs neither",
+        )
+    })?;
+        match side.perform(op, descriptors) {
+            Ok((answer, _)) => Ok(answer),
+            Err(error) => Err(ErrorBody::from_error(ErrorCode::Internal, &error)),
+        }
+    }
 }
 
 /// The size of the VM's root: the image and the new data that it may write.
 fn device_bytes(layer: &Layer) -> Result<u64, ErrorBody> {
     Ok((layer.image_bytes()? + layer.overlay_bytes) / SECTOR * SECTOR)
-}
-
-/// Reserves the room of a file; where the filesystem cannot, the file is at least as large.
-fn reserve(file: &File, path: &Path, bytes: u64) -> Result<(), banger_host::storage::StorageError> {
-    match preallocate(file, path, bytes) {
-        Err(error) if error.is_unsupported() => banger_host::storage::resize(file, path, bytes),
-        outcome => outcome,
-    }
 }
 
 /// A copy-on-write file that was never used, or is torn, is made again; one that may hold data is never touched.
@@ -179,71 +302,6 @@ pub(crate) struct Tended {
     pub(crate) grown_to: Option<u64>,
 }
 
-/// Looks how full the copy-on-write file is, and grows it in time.
-///
-/// # Errors
-/// The kernel has dropped the snapshot, or cannot be asked.
-pub(crate) fn tend(layer: &Layer) -> Result<Tended, ErrorBody> {
-    let Owner { instance, vm } = layer.owner;
-    let most = cow_most(device_bytes(layer)?);
-    let (used, size) = state(layer, &HostOp::SnapshotStatus { instance, vm })?;
-    let CowVerdict::Grow(to) = cow(used, size, most) else {
-        return Ok(Tended {
-            next_check_ms: cow_next_check_ms(used, size, UNLIMITED_WRITES),
-            must_pause: false,
-            grown_to: None,
-        });
-    };
-    let file = open_file(OpenOptions::new().read(true).write(true), &layer.file)?;
-    match reserve(&file, &layer.file, to) {
-        Ok(()) => {
-            let (used, size) = state(layer, &HostOp::GrowSnapshot { instance, vm })?;
-            Ok(Tended {
-                next_check_ms: cow_next_check_ms(used, size, UNLIMITED_WRITES),
-                must_pause: cow_must_pause(used, size),
-                grown_to: Some(size),
-            })
-        }
-        Err(error) if error.is_no_space() => Ok(Tended {
-            next_check_ms: cow_next_check_ms(used, size, UNLIMITED_WRITES),
-            must_pause: cow_must_pause(used, size),
-            grown_to: None,
-        }),
-        Err(error) => Err(storage_error(&error)),
-    }
-}
-
-/// The bytes that are used of the copy-on-write file, and its size.
-fn state(layer: &Layer, op: &HostOp) -> Result<(u64, u64), ErrorBody> {
-    let lost = |why: &str| {
-        ErrorBody::new(
-            ErrorCode::Internal,
-            format!("the kernel has no snapshot of `{}`: {why}", layer.name),
-        )
-        .hint("what was written is in the copy-on-write file; keep it")
-    };
-    match ask(op, &[])? {
-        HostAnswer::Snapshot(SnapshotState::Valid {
-            used_sectors,
-            total_sectors,
-        }) => Ok((used_sectors * SECTOR, total_sectors * SECTOR)),
-        HostAnswer::Snapshot(SnapshotState::Absent) => Err(lost("it is not attached")),
-        HostAnswer::Snapshot(SnapshotState::Lost { why }) => Err(lost(&why)),
-        _ => Err(misunderstood()),
-    }
-}
-
-fn ask(op: &HostOp, descriptors: &[BorrowedFd<'_>]) -> Result<HostAnswer, ErrorBody> {
-    let side = HostSide::find().ok_or_else(|| {
-        ErrorBody::new(ErrorCode::HostUnfit, format!("{} needs root", op.name()))
-            .hint("`banger-helper` does it for ordinary users; `--storage auto` needs neither")
-    })?;
-    match side.perform(op, descriptors) {
-        Ok((answer, _)) => Ok(answer),
-        Err(error) => Err(ErrorBody::from_error(ErrorCode::Internal, &error)),
-    }
-}
-
 fn misunderstood() -> ErrorBody {
     ErrorBody::new(
         ErrorCode::Internal,
@@ -257,11 +315,17 @@ fn open_file(options: &OpenOptions, path: &Path) -> Result<File, ErrorBody> {
         .map_err(|error| io_error("open", path, &error))
 }
 
-fn storage_error(error: &banger_host::storage::StorageError) -> ErrorBody {
+fn storage_error(error: &StorageError) -> ErrorBody {
     let code = if error.is_no_space() {
         ErrorCode::NoSpace
     } else {
         ErrorCode::Internal
     };
-    ErrorBody::from_error(code, error)
+    let body = ErrorBody::from_error(code, error);
+    if error.is_unsupported() {
+        return body.hint(
+            "a snapshot needs a filesystem that reserves room, as ext4, XFS and btrfs do; `--storage auto` does not",
+        );
+    }
+    body
 }

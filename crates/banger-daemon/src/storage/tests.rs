@@ -8,6 +8,10 @@ use std::os::unix::fs::MetadataExt;
 const IMAGE_BYTES: u64 = 64 << 20;
 const OVERLAY_BYTES: u64 = 128 << 20;
 
+fn drivers() -> StorageHost {
+    StorageHost::new(HostSide::find().map(Arc::new))
+}
+
 /// Where images and VMs are: a folder, or a filesystem of the test's own.
 struct Place {
     folder: tempfile::TempDir,
@@ -239,7 +243,7 @@ fn every_driver_conforms_in_an_ordinary_folder() {
         conforms(
             "every_driver_conforms_in_an_ordinary_folder",
             &Place::folder(),
-            driver(storage),
+            drivers().driver(storage),
         );
     }
 }
@@ -260,7 +264,7 @@ fn every_driver_conforms_on_xfs_and_btrfs_which_share_blocks() {
             "a new {name} shares blocks"
         );
         for storage in Storage::ALL {
-            conforms(test, &place, driver(storage));
+            conforms(test, &place, drivers().driver(storage));
             for folder in [images.clone(), vms.clone()] {
                 std::fs::remove_dir_all(folder).unwrap();
             }
@@ -283,7 +287,7 @@ fn a_reflink_takes_no_room_for_what_the_image_holds() {
         space.total - space.available
     };
     let before = used();
-    driver(Storage::Reflink).create(&layer).unwrap();
+    drivers().driver(Storage::Reflink).create(&layer).unwrap();
     let taken = used().saturating_sub(before);
     assert!(taken < 1 << 20, "{taken} bytes");
     assert_eq!(get(&layer.file, "filler").unwrap(), filler);
@@ -293,7 +297,8 @@ fn a_reflink_takes_no_room_for_what_the_image_holds() {
 fn an_overlay_over_another_image_is_refused() {
     let place = Place::folder();
     let layer = place.layer();
-    let overlay = driver(Storage::Overlay);
+    let drivers = drivers();
+    let overlay = drivers.driver(Storage::Overlay);
     overlay.create(&layer).unwrap();
     let other = Layer {
         image_digest: "another".to_owned(),

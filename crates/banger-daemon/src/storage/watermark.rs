@@ -2,7 +2,7 @@
 //! there is room. Nobody tells of a filling filesystem, so it is asked, as often as the headroom makes necessary, and
 //! only while a VM runs.
 
-use super::{Layer, Tended, tend};
+use super::{Layer, Tended};
 use crate::registry::Registry;
 use crate::vm::actor::note;
 use crate::vm::files::VmFiles;
@@ -276,7 +276,8 @@ async fn tend_in_time(world: &Arc<World>, view: &View, known: &mut Known) -> Dur
     let shared = Arc::clone(world);
     let tended = tokio::task::spawn_blocking(move || {
         let files = VmFiles::of(&shared.paths, record.id);
-        tend(&Layer::of(&shared, &record, &files)?)
+        let layer = Layer::of(&shared, &record, &files)?;
+        shared.storage.snapshot().tend(&layer)
     });
     let next = match tended.await {
         Ok(Ok(Tended {

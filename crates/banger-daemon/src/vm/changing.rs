@@ -178,7 +178,7 @@ impl Actor {
         );
         blocking(move || {
             let layer = Layer::of(&world, &record, &files)?;
-            storage::driver(record.spec.storage).reset(&layer)
+            world.storage.driver(record.spec.storage).reset(&layer)
         })
         .await??;
         point("reset", "layer", Side::After);

@@ -8,12 +8,13 @@ use crate::drivers::{Chosen, accelerator_name};
 use crate::images::{build_error, store_error};
 use crate::keys;
 use crate::network::{Lease, network_error};
-use crate::record::{VmRecord, replace_unsynced};
+use crate::record::VmRecord;
 use crate::storage::{self, Layer, RootDrive};
 use crate::world::World;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_core::phase::StartStep;
 use banger_guest::boot_config::{BootConfig, Drive, DriveRole, Network};
+use banger_host::storage::replace_unsynced;
 use banger_image::kernel;
 use banger_vmm::driver::{DriveConfig, MachineConfig, NicConfig, Plan};
 use banger_vmm::launch::{self, SpawnError, Waiting};
@@ -335,7 +336,7 @@ fn open_files(world: &World, record: &VmRecord, files: &VmFiles) -> Result<Opene
     kernel::refresh_initrd(&kernel_folder, &world.programs.init)
         .map_err(|error| build_error(&error))?;
     let layer = Layer::of(world, record, files)?;
-    let root = storage::driver(record.spec.storage).open(&layer)?;
+    let root = world.storage.driver(record.spec.storage).open(&layer)?;
     if let (Some(uuid), Some(bytes)) = (record.disk_uuid, record.spec.disk_bytes) {
         storage::open_disk(&layer, &files.disk(), uuid, bytes.get())?;
     }
@@ -405,7 +406,7 @@ fn write_boot(
         lead_ms: u64::try_from(asked_at.elapsed().as_millis()).unwrap_or(u64::MAX),
     };
     let json = serde_json::to_vec(&attempt).expect("an attempt is plain data");
-    replace_unsynced(&files.attempt(), &json)
+    replace_unsynced(&files.attempt(), &json, 0o600)
         .map_err(|error| io_error("write", &files.attempt(), &error))?;
     if let Err(error) = record.mirror(&files.folder, Some(mirrored_plan(&plan))) {
         tracing::warn!(vm = %record.id, %error, "vm.json was not written");
@@ -451,7 +452,7 @@ fn mirrored_plan(plan: &Plan) -> serde_json::Value {
 }
 
 fn write_new(path: &std::path::Path, bytes: &[u8]) -> Result<(), ErrorBody> {
-    replace_unsynced(path, bytes).map_err(|error| io_error("write", path, &error))
+    replace_unsynced(path, bytes, 0o600).map_err(|error| io_error("write", path, &error))
 }
 
 fn machine(
@@ -572,7 +573,10 @@ fn boot_config(world: &World, record: &VmRecord, opened: &Opened) -> Result<Boot
 ///
 /// # Errors
 /// A process of the VM does not die.
-pub(super) async fn unwind(world: &World, record: &VmRecord) -> Result<Vec<String>, LockError> {
+pub(super) async fn unwind(
+    world: &Arc<World>,
+    record: &VmRecord,
+) -> Result<Vec<String>, LockError> {
     let lock = VmFiles::of(&world.paths, record.id).lock();
     let path = lock.clone();
     let ended = tokio::task::spawn_blocking(move || {

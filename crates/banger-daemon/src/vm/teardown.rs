@@ -4,13 +4,14 @@
 use super::files::VmFiles;
 use crate::crash::{Side, point};
 use crate::record::VmRecord;
-use crate::storage::{self, Owner};
+use crate::storage::Owner;
 use crate::world::World;
 use banger_core::id::VmId;
 use banger_vmm::lock::{LockError, Locked, holders, try_lock, wait_free};
 use banger_vmm::process::{ending_signal, kill_holder};
 use rustix::process::Signal;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long killed processes may take to be gone.
@@ -64,17 +65,18 @@ pub(crate) async fn release_port(world: &World, id: VmId, verb: &'static str) ->
 
 /// Detaches what a dead VM's storage driver attached. Answers what could not be detached.
 pub(crate) async fn close_storage(
-    world: &World,
+    world: &Arc<World>,
     record: &VmRecord,
     verb: &'static str,
 ) -> Option<String> {
     point(verb, "close-storage", Side::Before);
-    let driver = storage::driver(record.spec.storage);
+    let (shared, storage) = (Arc::clone(world), record.spec.storage);
     let owner = Owner {
         instance: world.instance.id,
         vm: record.id,
     };
-    let closed = tokio::task::spawn_blocking(move || driver.close(&owner)).await;
+    let closed =
+        tokio::task::spawn_blocking(move || shared.storage.driver(storage).close(&owner)).await;
     point(verb, "close-storage", Side::After);
     let problem = match closed {
         Ok(Ok(())) => return None,

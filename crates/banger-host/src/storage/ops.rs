@@ -11,16 +11,23 @@
 
 use super::dm::{self, Control, Device, DmError, Number, Target};
 use super::loopdev::{LoopDevice, LoopError, Turn};
+use super::snapshot_files::{self as files, FileError};
 use crate::op::{HostAnswer, HostOp, OwnedKind, OwnedObject, SnapshotState};
 use banger_core::id::{InstanceId, VmId};
-use linux_raw_sys::general::FUSE_SUPER_MAGIC;
 use rustix::fd::BorrowedFd;
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 /// What is copied at once on a first write, in sectors: a block of the guest's filesystem.
 pub const CHUNK_SECTORS: u64 = 8;
+
+/// The most snapshots that one user, other than root, may have at a time.
+pub const MAX_SNAPSHOTS: usize = 256;
+/// How long a stranger that looks at a device, as `lsblk` does, may keep it open.
+const CLOSED_WITHIN: Duration = Duration::from_secs(5);
+/// How often it is looked whether that one is done.
+const AGAIN: Duration = Duration::from_millis(10);
 
 /// A snapshot could not be made, found or removed.
 #[derive(Debug, thiserror::Error)]
@@ -32,21 +39,15 @@ pub enum SnapshotError {
     #[error(transparent)]
     Loop(#[from] LoopError),
     /// A descriptor is not what it should be.
-    #[error("the {what} of a snapshot must be {wanted}")]
-    Descriptor {
-        /// Which.
-        what: &'static str,
-        /// What it should be.
-        wanted: &'static str,
-    },
-    /// A descriptor cannot be looked at.
-    #[error("the {what} of a snapshot cannot be looked at")]
-    Look {
-        /// Which.
-        what: &'static str,
-        /// Why.
-        #[source]
-        source: Errno,
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The user has as many as anybody may have.
+    #[error("uid {uid} has {limit} snapshots already, and nobody gets more")]
+    TooMany {
+        /// Whose.
+        uid: u32,
+        /// How many.
+        limit: usize,
     },
     /// The snapshot would be smaller than its image.
     #[error("a snapshot of {asked} sectors is smaller than its image of {image}")]
@@ -180,12 +181,13 @@ fn attach(
     image: BorrowedFd<'_>,
     cow: BorrowedFd<'_>,
 ) -> Result<Device, SnapshotError> {
-    check("image", image, false)?;
-    check("copy-on-write file", cow, true)?;
+    files::check_image(image, uid)?;
+    files::check_cow(cow, uid)?;
+    // What an earlier attempt left is void: whoever asks has the VM's lock.
+    detach(names)?;
     let turn = Turn::take()?;
     let control = Control::open()?;
-    // What an earlier attempt left is void: whoever asks has the VM's lock.
-    take_apart(&control, names)?;
+    refuse_too_many(uid)?;
     let image = match LoopDevice::find(&turn, image, &names.image_tag, true)? {
         Some(shared) => shared,
         None => LoopDevice::attach(&turn, image, &names.image_tag, true)?,
@@ -209,46 +211,12 @@ fn attach(
         .create(&names.snapshot, &names.snapshot, &table, false)
         .map_err(SnapshotError::from)
         .and_then(|device| give(uid, &device).map(|()| device));
+    drop(turn);
     if made.is_err() {
         // The first failure is what counts.
-        let _ = take_apart(&control, names);
+        let _ = detach(names);
     }
     made
-}
-
-/// A descriptor must already allow its owner what the device will.
-fn check(what: &'static str, file: BorrowedFd<'_>, writable: bool) -> Result<(), SnapshotError> {
-    let look = |source| SnapshotError::Look { what, source };
-    let kind = rustix::fs::FileType::from_raw_mode(rustix::fs::fstat(file).map_err(look)?.st_mode);
-    if kind != rustix::fs::FileType::RegularFile {
-        return Err(SnapshotError::Descriptor {
-            what,
-            wanted: "a regular file",
-        });
-    }
-    // Before any turn is taken: a user's program could let everybody wait who reads from it.
-    let filesystem = rustix::fs::fstatfs(file).map_err(look)?.f_type;
-    if filesystem.cast_unsigned() == u64::from(FUSE_SUPER_MAGIC) {
-        return Err(SnapshotError::Descriptor {
-            what,
-            wanted: "on a filesystem that the kernel serves itself",
-        });
-    }
-    let mode = rustix::fs::fcntl_getfl(file).map_err(look)? & OFlags::ACCMODE;
-    let (fits, wanted) = if writable {
-        (mode == OFlags::RDWR, "open for reading and writing")
-    } else {
-        // `O_PATH` allows nothing and looks like this.
-        let path = rustix::fs::fcntl_getfl(file)
-            .map_err(look)?
-            .contains(OFlags::PATH);
-        (mode == OFlags::RDONLY && !path, "open for reading alone")
-    };
-    if fits {
-        Ok(())
-    } else {
-        Err(SnapshotError::Descriptor { what, wanted })
-    }
 }
 
 fn origin_table(image: Number, image_sectors: u64, sectors: u64) -> Vec<Target> {
@@ -295,20 +263,43 @@ fn give(uid: u32, device: &Device) -> Result<(), SnapshotError> {
     })
 }
 
+/// Takes apart what there is. The turn is not kept while a device is open: its user may never close it, and others
+/// must not wait for that.
 fn detach(names: &Names) -> Result<(), SnapshotError> {
     let control = match Control::open() {
         // Without device-mapper there is nothing to detach.
         Err(DmError::Missing) => return Ok(()),
         control => control?,
     };
-    let _turn = Turn::take()?;
-    Ok(take_apart(&control, names)?)
+    let deadline = Instant::now() + CLOSED_WITHIN;
+    loop {
+        let turn = Turn::take()?;
+        let taken = take_apart(&control, names);
+        drop(turn);
+        match taken {
+            // The kernel has no event for the close by whoever looks at it.
+            Err(error) if error.is_busy() && Instant::now() < deadline => {
+                std::thread::sleep(AGAIN);
+            }
+            taken => return Ok(taken?),
+        }
+    }
 }
 
 /// Snapshot before origin; the loop devices end with them.
 fn take_apart(control: &Control, names: &Names) -> Result<(), DmError> {
     control.remove(&names.snapshot)?;
     control.remove(&names.origin)
+}
+
+/// Devices and their numbers are everybody's.
+fn refuse_too_many(uid: u32) -> Result<(), SnapshotError> {
+    let theirs = |uuid: &String| uuid.ends_with("-origin") && parse(uid, uuid).is_some();
+    let limit = MAX_SNAPSHOTS;
+    if uid != 0 && dm::seen().iter().filter(|uuid| theirs(uuid)).count() >= limit {
+        return Err(SnapshotError::TooMany { uid, limit });
+    }
+    Ok(())
 }
 
 fn grow(names: &Names) -> Result<SnapshotState, SnapshotError> {
@@ -356,7 +347,6 @@ fn read_status(text: &str) -> SnapshotState {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::fd::AsFd;
 
     fn names() -> Names {
         let id = |n| uuid::Uuid::from_u128(n);
@@ -406,28 +396,6 @@ mod tests {
                 matches!(read_status(lost), SnapshotState::Lost { .. }),
                 "{lost}"
             );
-        }
-    }
-
-    #[test]
-    fn descriptors_that_allow_more_or_less_than_the_device_are_refused() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let readable = std::fs::File::open(file.path()).unwrap();
-        check("image", readable.as_fd(), false).unwrap();
-        check("file", file.as_file().as_fd(), true).unwrap();
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
-        let path = rustix::fs::open(file.path(), flags, rustix::fs::Mode::empty()).unwrap();
-        let null = std::fs::File::open("/dev/null").unwrap();
-        for (wrong, writable) in [
-            (readable.as_fd(), true),
-            (file.as_file().as_fd(), false),
-            (path.as_fd(), false),
-            (null.as_fd(), false),
-        ] {
-            assert!(matches!(
-                check("image", wrong, writable),
-                Err(SnapshotError::Descriptor { .. })
-            ));
         }
     }
 

@@ -108,7 +108,11 @@ fn nameless(folder: &Path) -> Result<File, Errno> {
 
 /// The name of the filesystem that `path` is on, if it is a usual one.
 pub fn filesystem_name(path: &Path) -> Option<&'static str> {
-    let kind = rustix::fs::statfs(path).ok()?.f_type;
+    filesystem_of(rustix::fs::statfs(path).ok()?.f_type)
+}
+
+/// The name of the filesystem with that number, which the kernel gives as signed.
+pub(super) fn filesystem_of(kind: i64) -> Option<&'static str> {
     Some(match u32::try_from(kind).ok()? {
         0xef53 => "ext4",
         0x5846_5342 => "XFS",
@@ -118,6 +122,7 @@ pub fn filesystem_name(path: &Path) -> Option<&'static str> {
         0xf2f5_2010 => "F2FS",
         0x0102_1994 => "tmpfs",
         0x794c_7630 => "overlayfs",
+        0x6573_5546 => "FUSE",
         0x6969 => "NFS",
         _ => return None,
     })
