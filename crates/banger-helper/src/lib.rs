@@ -6,4 +6,5 @@ pub mod door;
 pub mod enter;
 pub mod root;
 pub mod serve;
+pub mod warnings;
 pub mod way_out;

@@ -13,7 +13,7 @@ use rustix::fs::Access;
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::io::Read;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
 const HELPER: &str = "/run/banger-helper.sock";
@@ -73,6 +73,7 @@ fn tell(mode: &'static str, test: &'static str) {
         world.what_is_closed_stays_closed_while_somebody_flushes_the_rules();
         world.nat_that_is_taken_back_ends_what_is_open();
         world.joined_guests_reach_each_other_until_one_leaves();
+        world.a_published_udp_port_leads_into_the_guest();
         world.a_published_port_leads_into_the_guest_while_it_runs();
         world.env.ok(&["daemon", "stop", "--vms"]);
         drop(world.helper.take());
@@ -408,6 +409,36 @@ impl<'a> World<'a> {
         self.env.ok(&["net", "leave", "owl", "fox"]);
         self.closed("fox", &Self::guest(self.owl));
         self.closed("owl", &Self::guest(self.fox));
+    }
+
+    /// Datagrams that came to the guest for a port that nobody hears on.
+    fn unheard(&self) -> u64 {
+        let text = self.ssh("fox", "cat /proc/net/snmp");
+        // Names first, then figures: `Udp: InDatagrams NoPorts …`.
+        let figures = text.lines().filter(|line| line.starts_with("Udp:")).nth(1);
+        figures.unwrap().split(' ').nth(2).unwrap().parse().unwrap()
+    }
+
+    /// No program of the tiny image hears on a UDP port; its kernel counts what came.
+    fn a_published_udp_port_leads_into_the_guest(&self) {
+        const NOBODY_HEARS: u16 = 9;
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let free = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let place = free.local_addr().unwrap();
+        drop(free);
+        let port = format!("{place}:{NOBODY_HEARS}/udp");
+        self.env.ok(&["port", "add", "fox", &port]);
+        let before = self.unheard();
+        socket.send_to(b"hello", place).unwrap();
+        eventually("a datagram comes to the guest", || {
+            (self.unheard() > before).then_some(())
+        });
+        self.env.ok(&["port", "rm", "fox", &format!("{place}/udp")]);
+        let before = self.unheard();
+        // The second is refused when the first was answered by the kernel: nobody is there.
+        let gone = [(); 2].map(|()| socket.connect(place).and_then(|()| socket.send(b"hello")));
+        assert!(gone.iter().any(Result::is_err), "{gone:?}");
+        assert_eq!(self.unheard(), before);
     }
 
     fn a_published_port_leads_into_the_guest_while_it_runs(&self) {

@@ -1,7 +1,7 @@
 //! `banger-helper`: root's operations for ordinary users.
 
 use banger_helper::root::say;
-use banger_helper::{confine, door, root};
+use banger_helper::{confine, door, root, warnings};
 use banger_host::error_chain;
 use banger_host::host_side::Host;
 use rustix::fd::OwnedFd;
@@ -31,6 +31,7 @@ fn main() -> ExitCode {
     let variable = |name| std::env::var(name).ok();
     let (listen_pid, listen_fds) = (variable("LISTEN_PID"), variable("LISTEN_FDS"));
     confine::clear_environment();
+    warnings::to_stderr();
     match run(options, listen_pid.as_deref(), listen_fds.as_deref()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

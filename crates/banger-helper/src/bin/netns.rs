@@ -2,6 +2,7 @@
 
 use banger_helper::enter;
 use banger_helper::serve::Server;
+use banger_helper::warnings;
 use banger_helper::way_out;
 use banger_host::error_chain;
 use banger_host::net::keeper::Readiness;
@@ -34,6 +35,7 @@ enum Task {
 }
 
 fn main() -> ExitCode {
+    warnings::to_stderr();
     match parse(std::env::args_os().skip(1)) {
         Some(Task::Keep {
             socket,

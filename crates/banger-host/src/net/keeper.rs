@@ -8,7 +8,7 @@ use rustix::fd::{BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
-use std::io::{self, Read};
+use std::io::{self, BufRead as _, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -18,6 +18,8 @@ const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long an operation may take, beside what it was itself told to wait.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 const MAX_READY_BYTES: usize = 64 * 1024;
+/// A longer line is two.
+const MAX_COMPLAINT_BYTES: u64 = 1024;
 
 /// The one line that `banger-netns` writes to standard output.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -213,7 +215,7 @@ pub(super) fn start(program: &Path, args: &[&OsStr]) -> Result<(), KeeperError> 
         .args(args)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::null());
+        .stderr(Stdio::piped());
     let mut child = command.spawn().map_err(failed)?;
     let stdout = child.stdout.take();
     let ready = match stdout {
@@ -225,12 +227,34 @@ pub(super) fn start(program: &Path, args: &[&OsStr]) -> Result<(), KeeperError> 
         let _ = child.wait();
         return Err(KeeperError::NotReady { why });
     }
-    // It may end long before this process does; somebody has to collect it.
+    // It may end long before this process does; somebody has to collect it, and to hear what it complains of.
     std::thread::Builder::new()
         .name("keeper-wait".to_owned())
-        .spawn(move || child.wait())
+        .spawn(move || {
+            if let Some(complaints) = child.stderr.take() {
+                log_lines(complaints);
+            }
+            child.wait()
+        })
         .map_err(failed)?;
     Ok(())
+}
+
+/// Each line of what a keeper says, as a warning, until it has ended.
+fn log_lines(said: impl Read) {
+    let mut said = BufReader::new(said);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        let mut bounded = said.by_ref().take(MAX_COMPLAINT_BYTES);
+        match bounded.read_until(b'\n', &mut line) {
+            Ok(1..) => {
+                let text = String::from_utf8_lossy(&line);
+                tracing::warn!("the keeper: {}", text.trim_end().escape_debug());
+            }
+            Ok(0) | Err(_) => return,
+        }
+    }
 }
 
 /// Reads the readiness line.
