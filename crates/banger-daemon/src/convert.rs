@@ -11,6 +11,8 @@ use banger_core::name::VmName;
 use banger_core::publish::PublishedPort;
 use banger_core::size::{DiskBytes, MemoryMib, SizeError, VcpuCount};
 use banger_core::spec::{BootPatch, LivePatch, VmSpecPatch};
+use banger_image::image::ImageManifest;
+use banger_image::kernel::KernelManifest;
 
 /// A VM on the wire.
 pub(crate) fn vm(world: &World, view: &View) -> Vm {
@@ -27,12 +29,12 @@ pub(crate) fn vm(world: &World, view: &View) -> Vm {
         revision: view.revision,
         image_name: world
             .images
-            .image_by_id(record.spec.image)
+            .by_id::<ImageManifest>(record.spec.image)
             .and_then(|image| image.name)
             .map(Into::into),
         kernel_name: world
             .images
-            .kernel_by_id(record.spec.kernel)
+            .by_id::<KernelManifest>(record.spec.kernel)
             .and_then(|kernel| kernel.name)
             .map(Into::into),
         storage_reason: record.storage_reason.clone(),

@@ -18,6 +18,8 @@ use banger_core::size::DiskBytes;
 use banger_core::spec::{
     DEFAULT_MEMORY_MIB, DEFAULT_OVERLAY_BYTES, DEFAULT_VCPUS, DriverChoice, StorageChoice, VmSpec,
 };
+use banger_image::image::ImageManifest;
+use banger_image::kernel::KernelManifest;
 use jiff::Timestamp;
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -72,8 +74,8 @@ pub(crate) fn draft(
         .as_deref()
         .or(defaults.kernel.as_deref())
         .unwrap_or(DEFAULT_NAME);
-    let image = world.images.pin_image(image_query, id)?;
-    let kernel = world.images.pin_kernel(kernel_query, id)?;
+    let image = world.images.pin::<ImageManifest>(image_query, id)?;
+    let kernel = world.images.pin::<KernelManifest>(kernel_query, id)?;
     let ports = published(&request.ports)?;
     let driver = match request.driver {
         DriverChoice::Auto => world.config.driver.choice,
@@ -89,7 +91,7 @@ pub(crate) fn draft(
         // What cannot run is not created.
         let vmlinux = world
             .images
-            .kernel_folder(kernel.manifest.id)
+            .folder::<KernelManifest>(kernel.manifest.id)
             .join(banger_image::kernel::VMLINUX);
         world.drivers.choose(driver, Some(&vmlinux))?;
     }

@@ -6,6 +6,7 @@ use crate::server::App;
 use banger_api::daemon::{Check, Mode, Verdict};
 use banger_api::host::Mended;
 use banger_host::probe;
+use banger_image::image::ImageManifest;
 use banger_image::image::ROOT_IMAGE;
 
 fn check(subject: &str, verdict: Verdict, message: impl Into<String>, hint: Option<&str>) -> Check {
@@ -185,7 +186,7 @@ fn images(app: &App) -> Check {
         .filter(|image| {
             !app.world
                 .images
-                .image_folder(image.id)
+                .folder::<ImageManifest>(image.id)
                 .join(ROOT_IMAGE)
                 .is_file()
         })

@@ -3,11 +3,11 @@
 //! A VM's folder alone is enough to rebuild its record; of row and mirror the one with the higher record version
 //! wins. A folder whose name starts with `.new-` is a VM only if its row was committed.
 
-use crate::images::{ImageRecord, KernelRecord, STAGING};
+use crate::images::{Bundle, Manifest, STAGING};
 use crate::record::{VM_FILE, VmRecord};
 use crate::store::{Rows, Store, StoreError};
 use banger_api::paths::Paths;
-use banger_core::id::{ImageId, KernelId, VmId};
+use banger_core::id::VmId;
 use banger_core::name::VmName;
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -28,8 +28,8 @@ pub(crate) async fn reconcile(
     notices: &mut Vec<String>,
 ) -> Result<Rows, StoreError> {
     let vms = reconcile_vms(paths, store, rows.vms, notices).await?;
-    let images = reconcile_images(paths, store, rows.images, notices).await?;
-    let kernels = reconcile_kernels(paths, store, rows.kernels, notices).await?;
+    let images = reconcile_bundles(paths, store, rows.images, notices).await?;
+    let kernels = reconcile_bundles(paths, store, rows.kernels, notices).await?;
     Ok(Rows {
         vms,
         images,
@@ -212,87 +212,37 @@ fn remove(path: &Path) -> std::io::Result<()> {
     }
 }
 
-async fn reconcile_images(
+async fn reconcile_bundles<M: Manifest>(
     paths: &Paths,
     store: &Store,
-    mut records: Vec<ImageRecord>,
+    mut records: Vec<Bundle<M>>,
     notices: &mut Vec<String>,
-) -> Result<Vec<ImageRecord>, StoreError> {
+) -> Result<Vec<Bundle<M>>, StoreError> {
+    let (kind, shelf) = (M::KIND, M::shelf(paths));
     records.retain(|record| {
-        let there = paths.images().join(record.manifest.id.to_string()).exists();
+        let id = record.manifest.id();
+        let there = shelf.join(id.to_string()).exists();
         if !there {
-            notices.push(format!(
-                "image {} has no folder any more",
-                record.manifest.id
-            ));
+            notices.push(format!("{kind} {id} has no folder any more"));
         }
         there
     });
-    let known: Vec<ImageId> = records.iter().map(|record| record.manifest.id).collect();
-    let mut unknown = sweep(&paths.images(), &known, notices);
+    let known: Vec<M::Id> = records.iter().map(|record| record.manifest.id()).collect();
+    let mut unknown = sweep(&shelf, &known, notices);
     // The newest keeps a name that several had.
     unknown.sort_by(|a, b| b.cmp(a));
     for id in unknown {
-        match banger_image::image::read_manifest(&paths.images().join(id.to_string())) {
+        match M::read(&shelf.join(id.to_string())) {
             Ok(manifest) => {
-                let free = !records
-                    .iter()
-                    .any(|other| other.name.is_some() && other.name == manifest.name);
-                let record = ImageRecord {
-                    name: manifest.name.clone().filter(|_| free),
-                    manifest,
-                };
-                store.put_image(record.clone()).await?;
-                notices.push(format!("image {id} was rebuilt from its folder"));
+                let mut record = Bundle::of(manifest);
+                let taken = records.iter().any(|other| other.name == record.name);
+                record.name = record.name.filter(|_| !taken);
+                store.put_bundle(record.clone()).await?;
+                notices.push(format!("{kind} {id} was rebuilt from its folder"));
                 records.push(record);
             }
             Err(error) => notices.push(format!(
-                "image folder {id} was left alone: {}",
-                banger_host::error_chain(&error)
-            )),
-        }
-    }
-    Ok(records)
-}
-
-async fn reconcile_kernels(
-    paths: &Paths,
-    store: &Store,
-    mut records: Vec<KernelRecord>,
-    notices: &mut Vec<String>,
-) -> Result<Vec<KernelRecord>, StoreError> {
-    records.retain(|record| {
-        let there = paths
-            .kernels()
-            .join(record.manifest.id.to_string())
-            .exists();
-        if !there {
-            notices.push(format!(
-                "kernel {} has no folder any more",
-                record.manifest.id
-            ));
-        }
-        there
-    });
-    let known: Vec<KernelId> = records.iter().map(|record| record.manifest.id).collect();
-    let mut unknown = sweep(&paths.kernels(), &known, notices);
-    unknown.sort_by(|a, b| b.cmp(a));
-    for id in unknown {
-        match banger_image::kernel::read_manifest(&paths.kernels().join(id.to_string())) {
-            Ok(manifest) => {
-                let free = !records
-                    .iter()
-                    .any(|other| other.name.is_some() && other.name == manifest.name);
-                let record = KernelRecord {
-                    name: manifest.name.clone().filter(|_| free),
-                    manifest,
-                };
-                store.put_kernel(record.clone()).await?;
-                notices.push(format!("kernel {id} was rebuilt from its folder"));
-                records.push(record);
-            }
-            Err(error) => notices.push(format!(
-                "kernel folder {id} was left alone: {}",
+                "{kind} folder {id} was left alone: {}",
                 banger_host::error_chain(&error)
             )),
         }

@@ -1,6 +1,6 @@
 //! Builds of images and imports of kernels, as operations.
 
-use super::{DEFAULT_NAME, ImageRecord, KernelRecord, STAGING, build_error};
+use super::{Bundle, DEFAULT_NAME, Manifest, STAGING, build_error};
 use crate::operations::{Made, Operations, Reporter};
 use crate::world::World;
 use banger_api::error::{ErrorBody, ErrorCode};
@@ -49,12 +49,7 @@ async fn build(
     reporter: Reporter,
 ) -> Result<Made, ErrorBody> {
     let images = Arc::clone(&world.images);
-    let current = images
-        .catalog()
-        .image(name.as_str())
-        .ok()
-        .filter(|image| image.name.as_ref() == Some(&name))
-        .cloned();
+    let current = images.catalog().named::<ImageManifest>(&name).cloned();
     let current_id = current.as_ref().map(|image| image.manifest.id.to_string());
     let cache = world.paths.cache.clone();
     let parent = world.paths.images();
@@ -104,20 +99,7 @@ async fn build(
             outcome
         });
     match built.await {
-        Ok(Ok(Some(manifest))) => {
-            let subject = manifest.id.to_string();
-            images
-                .add_image(ImageRecord {
-                    name: manifest.name.clone(),
-                    manifest,
-                })
-                .await?;
-            world.hub.publish(EventKind::ImagesChanged);
-            Ok(Made {
-                subject,
-                unchanged: false,
-            })
-        }
+        Ok(Ok(Some(manifest))) => take_in(&world, manifest).await,
         Ok(Ok(None)) => Ok(Made {
             subject: current_id.unwrap_or_default(),
             unchanged: true,
@@ -181,12 +163,7 @@ async fn import(
     reporter: Reporter,
 ) -> Result<Made, ErrorBody> {
     let images = Arc::clone(&world.images);
-    let current = images
-        .catalog()
-        .kernel(name.as_str())
-        .ok()
-        .filter(|kernel| kernel.name.as_ref() == Some(&name))
-        .cloned();
+    let current = images.catalog().named::<KernelManifest>(&name).cloned();
     if let Some(current) = &current
         && !reimport
         && source == KernelSource::Distribution
@@ -212,23 +189,21 @@ async fn import(
         Ok(manifest)
     });
     match built.await {
-        Ok(Ok(manifest)) => {
-            let subject = manifest.id.to_string();
-            images
-                .add_kernel(KernelRecord {
-                    name: manifest.name.clone(),
-                    manifest,
-                })
-                .await?;
-            world.hub.publish(EventKind::ImagesChanged);
-            Ok(Made {
-                subject,
-                unchanged: false,
-            })
-        }
+        Ok(Ok(manifest)) => take_in(&world, manifest).await,
         Ok(Err(error)) => Err(build_error(&error)),
         Err(error) => Err(ErrorBody::from_error(ErrorCode::Internal, &error)),
     }
+}
+
+/// What was built is in its place: it gets its row and its name.
+async fn take_in<M: Manifest>(world: &World, manifest: M) -> Result<Made, ErrorBody> {
+    let subject = manifest.id().to_string();
+    world.images.add(Bundle::of(manifest)).await?;
+    world.hub.publish(EventKind::ImagesChanged);
+    Ok(Made {
+        subject,
+        unchanged: false,
+    })
 }
 
 fn context(cache_dir: PathBuf, reporter: &Reporter) -> Context {

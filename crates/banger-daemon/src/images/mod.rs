@@ -4,8 +4,12 @@
 //! Ids never change; a name is a pointer that moves. What a VM pins is not removed.
 
 mod build;
+mod bundle;
+mod find;
 
 pub(crate) use build::{start_build, start_import};
+pub(crate) use bundle::{Bundle, ImageRecord, KernelRecord, Manifest};
+pub(crate) use find::find;
 
 use crate::store::Store;
 use banger_api::error::{ErrorBody, ErrorCode};
@@ -13,13 +17,10 @@ use banger_api::image::Image;
 use banger_api::kernel::Kernel;
 use banger_api::paths::Paths;
 use banger_core::id::{ImageId, KernelId, VmId};
-use banger_core::name::{ImageName, KernelName};
-use banger_core::spec::{Resolution, resolve};
 use banger_image::error::BuildError;
 use banger_image::image::ImageManifest;
 use banger_image::kernel::KernelManifest;
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -30,22 +31,8 @@ pub(crate) const STAGING: &str = ".new-";
 /// The name of the image and of the kernel that are used when none is named.
 pub(crate) const DEFAULT_NAME: &str = "default";
 
-/// An image's row.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct ImageRecord {
-    pub(crate) name: Option<ImageName>,
-    pub(crate) manifest: ImageManifest,
-}
-
-/// A kernel's row.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct KernelRecord {
-    pub(crate) name: Option<KernelName>,
-    pub(crate) manifest: KernelManifest,
-}
-
 #[derive(Debug, Default)]
-struct Catalog {
+pub(crate) struct Catalog {
     images: Vec<ImageRecord>,
     kernels: Vec<KernelRecord>,
     /// Which VMs use an image or kernel, by its id.
@@ -86,32 +73,17 @@ impl Images {
         self.catalog.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Finds an image by name, id or prefix.
-    pub(crate) fn find_image(&self, query: &str) -> Result<ImageRecord, ErrorBody> {
-        self.catalog().image(query).cloned()
+    /// Finds an image or a kernel by name, id or prefix.
+    pub(crate) fn find<M: Manifest>(&self, query: &str) -> Result<Bundle<M>, ErrorBody> {
+        self.catalog().find(query).cloned()
     }
 
-    /// Finds an image by name, id or prefix, and pins it for `vm`.
-    pub(crate) fn pin_image(&self, query: &str, vm: VmId) -> Result<ImageRecord, ErrorBody> {
+    /// The same, and pins it for `vm`.
+    pub(crate) fn pin<M: Manifest>(&self, query: &str, vm: VmId) -> Result<Bundle<M>, ErrorBody> {
         let mut catalog = self.catalog();
-        let found = catalog.image(query)?.clone();
-        catalog
-            .pins
-            .entry(found.manifest.id.as_uuid())
-            .or_default()
-            .insert(vm);
-        Ok(found)
-    }
-
-    /// Finds a kernel by name, id or prefix, and pins it for `vm`.
-    pub(crate) fn pin_kernel(&self, query: &str, vm: VmId) -> Result<KernelRecord, ErrorBody> {
-        let mut catalog = self.catalog();
-        let found = catalog.kernel(query)?.clone();
-        catalog
-            .pins
-            .entry(found.manifest.id.as_uuid())
-            .or_default()
-            .insert(vm);
+        let found = catalog.find::<M>(query)?.clone();
+        let pins = catalog.pins.entry(found.manifest.uuid()).or_default();
+        pins.insert(vm);
         Ok(found)
     }
 
@@ -140,43 +112,25 @@ impl Images {
         }
     }
 
-    /// The image with this id.
-    pub(crate) fn image_by_id(&self, id: ImageId) -> Option<ImageRecord> {
-        self.catalog()
-            .images
-            .iter()
-            .find(|image| image.manifest.id == id)
-            .cloned()
-    }
-
-    /// The kernel with this id.
-    pub(crate) fn kernel_by_id(&self, id: KernelId) -> Option<KernelRecord> {
-        self.catalog()
-            .kernels
-            .iter()
-            .find(|kernel| kernel.manifest.id == id)
-            .cloned()
+    /// The image or kernel with this id.
+    pub(crate) fn by_id<M: Manifest>(&self, id: M::Id) -> Option<Bundle<M>> {
+        let catalog = self.catalog();
+        let mut all = M::all(&catalog).iter();
+        all.find(|bundle| bundle.manifest.id() == id).cloned()
     }
 
     /// The `vmlinux` of the default kernel, if there is one.
     pub(crate) fn default_vmlinux(&self) -> Option<PathBuf> {
         let catalog = self.catalog();
-        let kernel = catalog
-            .kernel(DEFAULT_NAME)
-            .ok()
-            .or_else(|| catalog.kernels.first())?;
-        Some(
-            self.kernel_folder(kernel.manifest.id)
-                .join(banger_image::kernel::VMLINUX),
-        )
+        let default = catalog.find::<KernelManifest>(DEFAULT_NAME).ok();
+        let kernel = default.or_else(|| catalog.kernels.first())?;
+        let folder = self.folder::<KernelManifest>(kernel.manifest.id);
+        Some(folder.join(banger_image::kernel::VMLINUX))
     }
 
-    pub(crate) fn image_folder(&self, id: ImageId) -> PathBuf {
-        self.paths.images().join(id.to_string())
-    }
-
-    pub(crate) fn kernel_folder(&self, id: KernelId) -> PathBuf {
-        self.paths.kernels().join(id.to_string())
+    /// Where the files of the image or kernel with this id are.
+    pub(crate) fn folder<M: Manifest>(&self, id: M::Id) -> PathBuf {
+        M::shelf(&self.paths).join(id.to_string())
     }
 
     /// All images.
@@ -190,7 +144,7 @@ impl Images {
 
     /// One image.
     pub(crate) fn image(&self, query: &str) -> Result<Image, ErrorBody> {
-        let record = self.catalog().image(query)?.clone();
+        let record = self.find(query)?;
         Ok(self.show_image(record))
     }
 
@@ -202,7 +156,10 @@ impl Images {
             .map(|KernelRecord { name, manifest }| Kernel {
                 id: manifest.id,
                 name,
-                directory: self.kernel_folder(manifest.id).display().to_string(),
+                directory: self
+                    .folder::<KernelManifest>(manifest.id)
+                    .display()
+                    .to_string(),
                 release: manifest.release,
                 source: manifest.source,
                 digest: manifest.vmlinux_sha256,
@@ -214,12 +171,15 @@ impl Images {
 
     fn show_image(&self, ImageRecord { name, manifest }: ImageRecord) -> Image {
         let catalog = self.catalog();
-        let kernel = catalog.kernel(&self.default_kernel).ok();
+        let kernel = catalog.find::<KernelManifest>(&self.default_kernel).ok();
         Image {
             kernel: kernel.map(|kernel| kernel.manifest.id),
             id: manifest.id,
             name,
-            directory: self.image_folder(manifest.id).display().to_string(),
+            directory: self
+                .folder::<ImageManifest>(manifest.id)
+                .display()
+                .to_string(),
             source: manifest.source,
             digest: manifest.sha256,
             bytes: manifest.bytes,
@@ -234,99 +194,55 @@ impl Images {
         }
     }
 
-    /// Removes an image that no VM pins; `describe` names one that does.
-    pub(crate) async fn delete_image(
+    /// Removes an image or kernel that no VM pins; `describe` names one that does.
+    pub(crate) async fn delete<M: Manifest>(
         &self,
         query: &str,
         describe: impl Fn(VmId) -> String,
     ) -> Result<(), ErrorBody> {
-        let record = {
+        let bundle = {
             let mut catalog = self.catalog();
-            let found = catalog.image(query)?.clone();
-            catalog.check_unpinned("image", query, found.manifest.id.as_uuid(), describe)?;
+            let found = catalog.find::<M>(query)?.clone();
+            catalog.check_unpinned(M::KIND, query, found.manifest.uuid(), describe)?;
             // Out of the catalog first, so that nobody pins it meanwhile.
-            catalog
-                .images
-                .retain(|image| image.manifest.id != found.manifest.id);
+            M::all_mut(&mut catalog).retain(|other| other.manifest.id() != found.manifest.id());
             found
         };
-        let id = record.manifest.id;
-        if let Err(error) = self.store.delete_image(id).await {
-            self.catalog().images.push(record);
+        let id = bundle.manifest.id();
+        if let Err(error) = self.store.delete_bundle::<M>(id).await {
+            M::all_mut(&mut self.catalog()).push(bundle);
             return Err(store_error(&error));
         }
-        remove_folder(self.image_folder(id)).await
+        remove_folder(self.folder::<M>(id)).await
     }
 
-    /// Removes a kernel that no VM pins; `describe` names one that does.
-    pub(crate) async fn delete_kernel(
-        &self,
-        query: &str,
-        describe: impl Fn(VmId) -> String,
-    ) -> Result<(), ErrorBody> {
-        let record = {
-            let mut catalog = self.catalog();
-            let found = catalog.kernel(query)?.clone();
-            catalog.check_unpinned("kernel", query, found.manifest.id.as_uuid(), describe)?;
-            // Out of the catalog first, so that nobody pins it meanwhile.
-            catalog
-                .kernels
-                .retain(|kernel| kernel.manifest.id != found.manifest.id);
-            found
-        };
-        let id = record.manifest.id;
-        if let Err(error) = self.store.delete_kernel(id).await {
-            self.catalog().kernels.push(record);
-            return Err(store_error(&error));
-        }
-        remove_folder(self.kernel_folder(id)).await
-    }
-
-    async fn add_image(&self, record: ImageRecord) -> Result<(), ErrorBody> {
-        self.store
-            .put_image(record.clone())
-            .await
-            .map_err(|error| store_error(&error))?;
+    async fn add<M: Manifest>(&self, bundle: Bundle<M>) -> Result<(), ErrorBody> {
+        let row = bundle.clone();
+        let put = self.store.put_bundle(row).await;
+        put.map_err(|error| store_error(&error))?;
         let mut catalog = self.catalog();
-        for other in &mut catalog.images {
-            if other.name == record.name {
+        let all = M::all_mut(&mut catalog);
+        for other in all.iter_mut() {
+            if other.name == bundle.name {
                 other.name = None;
             }
         }
-        catalog.images.push(record);
-        Ok(())
-    }
-
-    async fn add_kernel(&self, record: KernelRecord) -> Result<(), ErrorBody> {
-        self.store
-            .put_kernel(record.clone())
-            .await
-            .map_err(|error| store_error(&error))?;
-        let mut catalog = self.catalog();
-        for other in &mut catalog.kernels {
-            if other.name == record.name {
-                other.name = None;
-            }
-        }
-        catalog.kernels.push(record);
+        all.push(bundle);
         Ok(())
     }
 }
 
 impl Catalog {
-    fn image(&self, query: &str) -> Result<&ImageRecord, ErrorBody> {
-        let name = |image: &ImageRecord| image.name.as_ref().map(|name| name.as_str().to_owned());
-        find("image", query, &self.images, name, |image| {
-            image.manifest.id.to_string()
-        })
+    fn find<M: Manifest>(&self, query: &str) -> Result<&Bundle<M>, ErrorBody> {
+        let name = |bundle: &Bundle<M>| bundle.name.as_ref().map(ToString::to_string);
+        let id = |bundle: &Bundle<M>| bundle.manifest.id().to_string();
+        find(M::KIND, query, M::all(self), name, id)
     }
 
-    fn kernel(&self, query: &str) -> Result<&KernelRecord, ErrorBody> {
-        let name =
-            |kernel: &KernelRecord| kernel.name.as_ref().map(|name| name.as_str().to_owned());
-        find("kernel", query, &self.kernels, name, |kernel| {
-            kernel.manifest.id.to_string()
-        })
+    /// What has this very name.
+    fn named<M: Manifest>(&self, name: &M::Name) -> Option<&Bundle<M>> {
+        let mut all = M::all(self).iter();
+        all.find(|bundle| bundle.name.as_ref() == Some(name))
     }
 
     fn check_unpinned(
@@ -350,77 +266,6 @@ impl Catalog {
         Err(ErrorBody::new(ErrorCode::InUse, message)
             .hint("`banger vm delete --purge VM` frees it, also for a VM in the trash (`banger vm list --trash`)"))
     }
-}
-
-/// Finds what `query` means among `all` things of a `kind`, or says what comes close.
-pub(crate) fn find<'a, T>(
-    kind: &str,
-    query: &str,
-    all: &'a [T],
-    name: impl Fn(&T) -> Option<String>,
-    id: impl Fn(&T) -> String,
-) -> Result<&'a T, ErrorBody> {
-    let named: Vec<(Option<String>, &T)> = all.iter().map(|thing| (name(thing), thing)).collect();
-    let describe = |name: &Option<String>, thing: &T| match name {
-        Some(name) => format!("{name} ({})", id(thing)),
-        None => id(thing),
-    };
-    match resolve(
-        query,
-        &named,
-        |(name, _)| name.as_deref(),
-        |(_, thing)| id(thing),
-    ) {
-        Resolution::One((_, found)) => Ok(found),
-        Resolution::Many(candidates) => {
-            let list: Vec<String> = candidates
-                .iter()
-                .map(|(name, thing)| describe(name, thing))
-                .collect();
-            let message = format!(
-                "`{}` fits {} {kind}s: {}",
-                query.escape_debug(),
-                list.len(),
-                list.join(", ")
-            );
-            Err(ErrorBody::new(ErrorCode::Ambiguous, message)
-                .hint("type more of the one that is meant"))
-        }
-        Resolution::None => {
-            let error = ErrorBody::new(
-                ErrorCode::NotFound,
-                format!("there is no {kind} `{}`", query.escape_debug()),
-            );
-            let close = named
-                .iter()
-                .filter_map(|(name, _)| name.as_deref())
-                .min_by_key(|name| distance(name, query));
-            Err(match close.filter(|name| distance(name, query) <= 2.max(query.len() / 3)) {
-                Some(name) => error.hint(format!("did you mean `{name}`?")),
-                None => error.hint(match kind {
-                    "image" => "`banger image list` shows all; `banger image build` makes the default one".to_owned(),
-                    "kernel" => "`banger kernel list` shows all; `banger kernel import` makes the default one".to_owned(),
-                    _ => format!("`banger {} list` shows all", kind.to_ascii_lowercase()),
-                }),
-            })
-        }
-    }
-}
-
-/// The edit distance between two texts.
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().take(128).collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().take(128).enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 async fn remove_folder(folder: PathBuf) -> Result<(), ErrorBody> {
@@ -464,43 +309,5 @@ pub(crate) fn build_error(error: &BuildError) -> ErrorBody {
     match error.hint() {
         Some(hint) => body.hint(hint),
         None => body,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn look(query: &str) -> Result<String, ErrorBody> {
-        let all = [
-            ("calm-otter", "0198aa"),
-            ("calm-fox", "0198ab"),
-            ("default", "0299cc"),
-        ];
-        find(
-            "image",
-            query,
-            &all,
-            |c| Some(c.0.to_owned()),
-            |c| c.1.to_owned(),
-        )
-        .map(|c| c.0.to_owned())
-    }
-
-    #[test]
-    fn a_misspelt_name_gets_a_suggestion() {
-        let error = look("defualt").unwrap_err();
-        assert_eq!(error.code, ErrorCode::NotFound);
-        assert_eq!(error.hints, ["did you mean `default`?"]);
-        assert!(look("zzzzzzzz").unwrap_err().hints[0].contains("banger image list"));
-    }
-
-    #[test]
-    fn an_ambiguous_prefix_lists_its_candidates() {
-        let error = look("calm").unwrap_err();
-        assert_eq!(error.code, ErrorCode::Ambiguous);
-        assert!(
-            error.message.contains("calm-otter (0198aa)") && error.message.contains("calm-fox")
-        );
     }
 }

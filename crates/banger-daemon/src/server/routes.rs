@@ -17,6 +17,8 @@ use banger_api::vm::{
 };
 use banger_core::decide::Request;
 use banger_core::phase::Phase;
+use banger_image::image::ImageManifest;
+use banger_image::kernel::KernelManifest;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -72,7 +74,7 @@ pub(super) fn router() -> Router<App> {
             let describe = |vm| call.app.registry.describe(vm);
             let images = &call.app.world.images;
             images
-                .delete_image(call.parameter("image"), describe)
+                .delete::<ImageManifest>(call.parameter("image"), describe)
                 .await?;
             Ok(Nothing {})
         })
@@ -91,7 +93,7 @@ pub(super) fn router() -> Router<App> {
             let describe = |vm| call.app.registry.describe(vm);
             let images = &call.app.world.images;
             images
-                .delete_kernel(call.parameter("kernel"), describe)
+                .delete::<KernelManifest>(call.parameter("kernel"), describe)
                 .await?;
             Ok(Nothing {})
         })
@@ -295,7 +297,7 @@ async fn set_vm(call: Call<SetVm>) -> Result<Vm, ErrorBody> {
     }
     let handle = call.app.registry.find(call.parameter("vm"))?;
     let image = match &request.image {
-        Some(query) => Some(call.app.world.images.find_image(query)?),
+        Some(query) => Some(call.app.world.images.find(query)?),
         None => None,
     };
     let change = convert::change(request, image)?;

@@ -29,6 +29,7 @@ use banger_core::spec::{Storage, StorageChoice, StorageImpossible, resolve_stora
 use banger_host::host_side::HostSide;
 use banger_image::context::Context;
 use banger_image::error::BuildError;
+use banger_image::image::ImageManifest;
 use banger_image::image::ROOT_IMAGE;
 use banger_image::template;
 use std::path::{Path, PathBuf};
@@ -73,7 +74,7 @@ impl Layer {
     pub(crate) fn of(world: &World, record: &VmRecord, files: &VmFiles) -> Result<Self, ErrorBody> {
         let image = world
             .images
-            .image_by_id(record.spec.image)
+            .by_id::<ImageManifest>(record.spec.image)
             .ok_or_else(|| {
                 ErrorBody::new(
                     ErrorCode::NotFound,
@@ -91,7 +92,10 @@ impl Layer {
                 vm: record.id,
             },
             name: record.name.clone(),
-            image: world.images.image_folder(image.id).join(ROOT_IMAGE),
+            image: world
+                .images
+                .folder::<ImageManifest>(image.id)
+                .join(ROOT_IMAGE),
             image_uuid: image.uuid,
             image_digest: image.sha256,
             made_over: record.image_digest.clone(),

@@ -9,10 +9,10 @@ mod schema;
 
 pub(crate) use schema::SCHEMA_VERSION;
 
-use crate::images::{ImageRecord, KernelRecord};
+use crate::images::{Bundle, ImageRecord, KernelRecord, Manifest};
 use crate::record::VmRecord;
 use banger_api::vm::JournalEntry;
-use banger_core::id::{ImageId, KernelId, VmId};
+use banger_core::id::VmId;
 use rusqlite::Connection;
 use std::path::{Path, PathBuf};
 use tokio::sync::{mpsc, oneshot};
@@ -184,41 +184,23 @@ impl Store {
         self.run(move |thread| thread.delete_vm(id)).await
     }
 
-    /// Adds or replaces an image's row, and takes its name from whichever image had it.
-    pub(crate) async fn put_image(&self, record: ImageRecord) -> Result<(), StoreError> {
+    /// Adds or replaces the row of an image or kernel, and takes its name from whichever had it.
+    pub(crate) async fn put_bundle<M: Manifest>(
+        &self,
+        bundle: Bundle<M>,
+    ) -> Result<(), StoreError> {
         self.run(move |thread| {
-            thread.put_named(
-                "image",
-                &record.manifest.id.to_string(),
-                record.name.as_ref().map(|n| n.as_str()),
-                &record,
-            )
+            let id = bundle.manifest.id().to_string();
+            let name = bundle.name.as_ref().map(ToString::to_string);
+            thread.put_named(M::KIND, &id, name.as_deref(), &bundle)
         })
         .await
     }
 
-    /// Removes an image's row.
-    pub(crate) async fn delete_image(&self, id: ImageId) -> Result<(), StoreError> {
-        self.run(move |thread| thread.delete_named("image", &id.to_string()))
-            .await
-    }
-
-    /// Adds or replaces a kernel's row, and takes its name from whichever kernel had it.
-    pub(crate) async fn put_kernel(&self, record: KernelRecord) -> Result<(), StoreError> {
-        self.run(move |thread| {
-            thread.put_named(
-                "kernel",
-                &record.manifest.id.to_string(),
-                record.name.as_ref().map(|n| n.as_str()),
-                &record,
-            )
-        })
-        .await
-    }
-
-    /// Removes a kernel's row.
-    pub(crate) async fn delete_kernel(&self, id: KernelId) -> Result<(), StoreError> {
-        self.run(move |thread| thread.delete_named("kernel", &id.to_string()))
+    /// Removes the row of an image or kernel.
+    pub(crate) async fn delete_bundle<M: Manifest>(&self, id: M::Id) -> Result<(), StoreError> {
+        let id = id.to_string();
+        self.run(move |thread| thread.delete_named(M::KIND, &id))
             .await
     }
 

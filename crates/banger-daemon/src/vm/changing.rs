@@ -116,7 +116,7 @@ impl Actor {
     /// by one, so what its record names afterwards is all that it pins.
     async fn change_image(&mut self, image: &ImageRecord) -> Result<(), ErrorBody> {
         let images = &self.world.images;
-        let image = images.pin_image(&image.manifest.id.to_string(), self.record.id)?;
+        let image = images.pin(&image.manifest.id.to_string(), self.record.id)?;
         let done = self.reset(None, Some(image)).await;
         let spec = &self.record.spec;
         let images = &self.world.images;

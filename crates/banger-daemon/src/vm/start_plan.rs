@@ -15,7 +15,9 @@ use banger_api::error::{ErrorBody, ErrorCode};
 use banger_core::phase::StartStep;
 use banger_guest::boot_config::{BootConfig, Drive, DriveRole, Network};
 use banger_host::storage::replace_unsynced;
+use banger_image::image::ImageManifest;
 use banger_image::kernel;
+use banger_image::kernel::KernelManifest;
 use banger_vmm::driver::{DriveConfig, MachineConfig, NicConfig, Plan};
 use banger_vmm::launch::{self, SpawnError, Waiting};
 use banger_vmm::lock::{LockError, Locked, try_lock};
@@ -324,15 +326,15 @@ fn open_files(world: &World, record: &VmRecord, files: &VmFiles) -> Result<Opene
     };
     let image = world
         .images
-        .image_by_id(record.spec.image)
+        .by_id::<ImageManifest>(record.spec.image)
         .ok_or_else(|| missing("image", record.spec.image.to_string()))?
         .manifest;
     let kernel = world
         .images
-        .kernel_by_id(record.spec.kernel)
+        .by_id::<KernelManifest>(record.spec.kernel)
         .ok_or_else(|| missing("kernel", record.spec.kernel.to_string()))?
         .manifest;
-    let kernel_folder = world.images.kernel_folder(kernel.id);
+    let kernel_folder = world.images.folder::<KernelManifest>(kernel.id);
     kernel::refresh_initrd(&kernel_folder, &world.programs.init)
         .map_err(|error| build_error(&error))?;
     let layer = Layer::of(world, record, files)?;
