@@ -83,6 +83,11 @@ pub(crate) fn install(prefix: &str) -> Result<()> {
     Ok(())
 }
 
+/// The files of the checkout that are installed, by their path in it.
+pub(crate) fn sources() -> impl Iterator<Item = PathBuf> {
+    units().map(|(from, _)| from).chain([UDEV_RULES.0.into()])
+}
+
 /// All units, from the checkout to below the prefix.
 fn units() -> impl Iterator<Item = (PathBuf, PathBuf)> {
     let paths = |units: [&'static str; 2], from: &'static str, to: &'static str| {

@@ -8,7 +8,7 @@
 //! | `check` | everything that can be checked without running banger |
 //! | `demo` | from nothing to a command run in a VM |
 //! | `test` | everything that proves that banger works |
-//! | `testhost -- CMD` | runs CMD in an emulated machine that has a working KVM |
+//! | `testhost [--systemd] -- CMD` | runs CMD in an emulated machine that has a working KVM |
 //! | `bench` | ratios against the bare thing |
 
 mod bench;
@@ -26,6 +26,7 @@ mod testhost;
 
 use crate::failure::{Failure, Result};
 use crate::packages::Purpose;
+use crate::testhost::Init;
 use std::process::ExitCode;
 
 const USAGE: &str = "\
@@ -38,7 +39,8 @@ usage: cargo xtask VERB
   check                          formatting, lints, licences, documentation
   demo                           from nothing to a command run in a VM
   test                           everything that proves that banger works
-  testhost -- COMMAND...         run COMMAND in an emulated machine with a working KVM
+  testhost [--systemd] -- COMMAND...
+                                 run COMMAND in an emulated machine with a working KVM
   bench [--dist DIR] [NAME...]   ratios against the bare thing, of the programs in DIR or of a release build
 ";
 
@@ -71,7 +73,10 @@ fn verb(args: &[String]) -> Result<ExitCode> {
         ["demo"] => demo::demo()?,
         ["test"] => return test::test(),
         ["testhost", "--", command @ ..] if !command.is_empty() => {
-            return testhost::testhost(command);
+            return testhost::testhost(Init::Shell, command);
+        }
+        ["testhost", "--systemd", "--", command @ ..] if !command.is_empty() => {
+            return testhost::testhost(Init::Systemd, command);
         }
         ["bench", names @ ..] => bench::bench(names)?,
         ["help" | "--help" | "-h"] => print!("{USAGE}"),

@@ -25,8 +25,9 @@ impl Tally {
     pub(crate) fn read(&mut self, line: &str) {
         let line = line.trim();
         if let Some(program) = line.strip_prefix("Running ") {
-            self.in_system_tests =
-                program.contains("tests/system_") || program.contains("tests/suite.rs");
+            self.in_system_tests = ["tests/system_", "tests/suite.rs", "tests/systemd.rs"]
+                .iter()
+                .any(|tests| program.contains(tests));
         }
         // The harness and a test may share a line when output is not captured.
         if let Some(at) = line.find(SKIPPED) {

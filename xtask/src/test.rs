@@ -5,6 +5,7 @@
 //! | tests | `cargo test` over the workspace |
 //! | system tests | the ignored tests of every `crates/*/tests/system_*.rs`, which start real daemons and guests |
 //! | test host | the ignored tests of `crates/banger-testhost/tests/suite.rs`, inside the test host |
+//! | systemd | those of `crates/banger-testhost/tests/systemd.rs`, inside one whose first process is systemd |
 //!
 //! What tests are given: `BANGER_LIBEXEC`, the folder of all programs; `BANGER_TEST_FIXTURES`, an `XDG_DATA_HOME`
 //! with the tiny image and the default kernel; `BANGER_SKIP_LOG`, a file to append skips to.
@@ -15,12 +16,15 @@ use crate::failure::{Failure, Result};
 use crate::layout::{root, target};
 use crate::packages::{self, Purpose};
 use crate::tally::Tally;
-use crate::testhost;
+use crate::testhost::{self, Init};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 /// Where the suite is inside the test host.
 const SUITE: &str = "/mnt/suite";
+/// Each boot of the test host has its own tests.
+const SYSTEMD_SUITE: &str =
+    "exec /mnt/suite --ignored --nocapture --test-threads=1 boot_$TESTHOST_BOOT::";
 
 pub(crate) fn test() -> Result<ExitCode> {
     packages::ensure(Purpose::Test)?;
@@ -62,9 +66,7 @@ pub(crate) fn test() -> Result<ExitCode> {
         part(&mut tally, "system tests", &mut tests)?;
     }
 
-    if !testhost::has_suite() {
-        tally.skip("test host: there is no suite for it");
-    } else if let Some(fixtures) = &fixtures {
+    if let Some(fixtures) = &fixtures {
         if find("firecracker").is_none() {
             tally.skip("test host: no firecracker on PATH, so no Firecracker ran");
         }
@@ -73,7 +75,12 @@ pub(crate) fn test() -> Result<ExitCode> {
         part(
             &mut tally,
             "the test host's suite",
-            &mut testhost::command(&suite)?,
+            &mut testhost::command(Init::Shell, &suite)?,
+        )?;
+        part(
+            &mut tally,
+            "the suite under systemd",
+            &mut testhost::command(Init::Systemd, &["sh", "-c", SYSTEMD_SUITE])?,
         )?;
     }
 

@@ -3,24 +3,40 @@
 use crate::command::{capture, cargo};
 use crate::dist::{self, Profile};
 use crate::failure::{Failure, Result};
+use crate::install;
 use crate::layout::{root, target};
 use crate::packages::{self, Purpose};
 use serde_json::Value;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, ExitCode};
 
-const SUITE_SOURCE: &str = "crates/banger-testhost/tests/suite.rs";
+/// The first process of a test host, with the tests that are for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Init {
+    Shell,
+    Systemd,
+}
 
-pub(crate) fn testhost(args: &[&str]) -> Result<ExitCode> {
+impl Init {
+    fn suite_source(self) -> &'static str {
+        match self {
+            Self::Shell => "crates/banger-testhost/tests/suite.rs",
+            Self::Systemd => "crates/banger-testhost/tests/systemd.rs",
+        }
+    }
+}
+
+pub(crate) fn testhost(init: Init, args: &[&str]) -> Result<ExitCode> {
     packages::ensure(Purpose::Run)?;
     dist::dist(Profile::Debug)?;
     // In place of this process, so that whoever ends it ends the machine.
-    let error = command(args)?.exec();
+    let error = command(init, args)?.exec();
     Err(Failure::io("cannot run the test host")(error))
 }
 
 /// The command that runs `args` in the test host, for which everything is built.
-pub(crate) fn command(args: &[&str]) -> Result<Command> {
+pub(crate) fn command(init: Init, args: &[&str]) -> Result<Command> {
     let program = target().join("debug/testhost");
     if !program.exists() {
         return Err(Failure::new(format!(
@@ -36,21 +52,31 @@ pub(crate) fn command(args: &[&str]) -> Result<Command> {
         .arg(Profile::Debug.folder())
         .arg("--fixtures")
         .arg(target().join("fixtures"));
-    if let Some(suite) = suite()? {
+    if let Some(suite) = suite(init)? {
         command.arg("--suite").arg(suite);
+    }
+    if init == Init::Systemd {
+        command.arg("--systemd");
+        // What an installation is made of, beside the programs.
+        command
+            .arg("--add")
+            .arg(target().join("debug/xtask"))
+            .arg("xtask");
+        for path in install::sources() {
+            command
+                .arg("--add")
+                .arg(root().join(&path))
+                .arg(Path::new("checkout").join(&path));
+        }
     }
     command.arg("--").args(args);
     Ok(command)
 }
 
-/// Whether there are tests for the inside of the test host.
-pub(crate) fn has_suite() -> bool {
-    root().join(SUITE_SOURCE).exists()
-}
-
 /// The program of these tests, which only cargo can name.
-fn suite() -> Result<Option<String>> {
-    if !has_suite() {
+fn suite(init: Init) -> Result<Option<String>> {
+    let source = init.suite_source();
+    if !root().join(source).exists() {
         return Ok(None);
     }
     let built = capture(cargo().current_dir(root()).args([
@@ -60,20 +86,22 @@ fn suite() -> Result<Option<String>> {
         "--no-run",
         "--message-format=json",
     ]))?;
-    let program = built.stdout.lines().find_map(suite_program);
+    let program = built
+        .stdout
+        .lines()
+        .find_map(|message| suite_program(message, source));
     match program {
         Some(program) => Ok(Some(program)),
-        None => Err(Failure::new("the test host's suite was not built")),
+        None => Err(Failure::new(format!("`{source}` was not built"))),
     }
 }
 
-/// The program of the suite, if this message of cargo tells of it.
-fn suite_program(message: &str) -> Option<String> {
+/// The program of the suite in `suite`, if this message of cargo tells of it.
+fn suite_program(message: &str, suite: &str) -> Option<String> {
     let message: Value = serde_json::from_str(message).ok()?;
     let source = message["target"]["src_path"].as_str()?;
     let program = message["executable"].as_str()?;
-    (source.ends_with(SUITE_SOURCE) && message["profile"]["test"] == true)
-        .then(|| program.to_owned())
+    (source.ends_with(suite) && message["profile"]["test"] == true).then(|| program.to_owned())
 }
 
 #[cfg(test)]
@@ -91,11 +119,12 @@ mod tests {
             })
             .to_string()
         };
+        let source = Init::Shell.suite_source();
         assert_eq!(
-            suite_program(&message(SUITE_SOURCE)).as_deref(),
+            suite_program(&message(Init::Shell.suite_source()), source).as_deref(),
             Some("/t/suite-1")
         );
-        assert_eq!(suite_program(&message("src/lib.rs")), None);
-        assert_eq!(suite_program("Finished"), None);
+        assert_eq!(suite_program(&message("src/lib.rs"), source), None);
+        assert_eq!(suite_program("Finished", source), None);
     }
 }

@@ -314,10 +314,13 @@ fn no_file_names_a_package_host() {
         concat!("pypi", ".org"),
         concat!("docker", ".io"),
     ];
+    // A package of Debian's has this name.
+    let package = concat!("\"docker", ".io\",");
     let wrong = files
         .iter()
         .flat_map(|(name, text)| {
-            let named = hosts.iter().filter(|host| text.contains(**host));
+            let text = text.replace(package, "");
+            let named = hosts.iter().filter(move |host| text.contains(**host));
             named.map(move |host| format!("{name}: {host}"))
         })
         .collect();

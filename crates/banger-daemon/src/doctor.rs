@@ -132,8 +132,8 @@ fn look(app: &App) -> Vec<Check> {
         ("nft", "nftables"),
         ("mmdebstrap", "mmdebstrap"),
     ] {
-        checks.push(match find(program) {
-            Some(path) => check(program, Verdict::Good, path, None),
+        checks.push(match banger_host::exec::find(program) {
+            Some(path) => check(program, Verdict::Good, path.display().to_string(), None),
             None => check(
                 program,
                 Verdict::Bad,
@@ -259,12 +259,4 @@ async fn network(app: &App) -> Check {
             ),
         ),
     }
-}
-
-fn find(program: &str) -> Option<String> {
-    let path = std::env::var_os("PATH")?;
-    let found = std::env::split_paths(&path)
-        .map(|folder| folder.join(program))
-        .find(|path| path.is_file());
-    found.map(|path| path.display().to_string())
 }

@@ -102,7 +102,7 @@ impl Drivers {
             Some(path) => Some(path.clone()).filter(|path| path.is_file()),
             None => Some(self.installed.join(name))
                 .filter(|path| path.is_file())
-                .or_else(|| on_path(name)),
+                .or_else(|| banger_host::exec::find(name)),
         }?;
         let (parse, judge): (Parse, Judge) = match driver {
             Driver::Qemu => (qemu::version::parse, qemu::version::judge),
@@ -298,13 +298,6 @@ pub(crate) fn describe_kvm(verdict: &probe::Verdict) -> String {
             format!("/dev/kvm cannot run ordinary guests: {why}")
         }
     }
-}
-
-fn on_path(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path)
-        .map(|folder| folder.join(name))
-        .find(|path| path.is_file())
 }
 
 /// How instructions are run, for display.

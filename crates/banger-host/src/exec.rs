@@ -7,6 +7,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use std::ffi::{OsStr, OsString};
 use std::io::{self, Read, Write};
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,22 @@ use std::time::{Duration, Instant};
 pub const MAX_CAPTURED_BYTES: usize = 1024 * 1024;
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 const STDERR_LINES_IN_ERRORS: usize = 5;
+/// Where programs are that administrators use. An ordinary user may lack these on PATH, as on Debian.
+const ADMINISTRATION: [&str; 2] = ["/usr/sbin", "/sbin"];
+
+/// Where `program` is: on PATH, or where administrators' programs are.
+pub fn find(program: &str) -> Option<PathBuf> {
+    find_on(&std::env::var_os("PATH").unwrap_or_default(), program)
+}
+
+fn find_on(path: &OsStr, program: &str) -> Option<PathBuf> {
+    std::env::split_paths(path)
+        .chain(ADMINISTRATION.map(PathBuf::from))
+        .map(|folder| folder.join(program))
+        .find(|file| {
+            file.is_file() && rustix::fs::access(file, rustix::fs::Access::EXEC_OK).is_ok()
+        })
+}
 
 /// A command about to run.
 #[derive(Debug, Clone)]
@@ -83,7 +100,7 @@ fn said(stderr: &str) -> String {
 }
 
 impl Run {
-    /// A command that runs `program`, found on PATH if it has no slash.
+    /// A command that runs `program`, which [`find`] looks for if it has no slash.
     pub fn new(program: impl AsRef<OsStr>) -> Self {
         Self {
             program: program.as_ref().to_owned(),
@@ -184,7 +201,7 @@ impl Run {
             clippy::disallowed_methods,
             reason = "the one place that runs short commands"
         )]
-        let mut command = Command::new(&self.program);
+        let mut command = Command::new(self.place());
         command
             .args(&self.args)
             .env("LC_ALL", "C")
@@ -198,6 +215,13 @@ impl Run {
             .stderr(Stdio::piped())
             .process_group(0)
             .spawn()
+    }
+
+    /// The program's path; its name as it is if it is nowhere.
+    fn place(&self) -> OsString {
+        let name = self.program.to_str().filter(|name| !name.contains('/'));
+        name.and_then(find)
+            .map_or_else(|| self.program.clone(), PathBuf::into_os_string)
     }
 
     fn command_line(&self) -> String {
@@ -355,6 +379,8 @@ fn drain(pipe: &mut impl Read, into: &mut Vec<u8>, keep: Keep) -> io::Result<boo
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
 
     fn shell(script: &str) -> Run {
         Run::new("sh").args(["-c", script])
@@ -390,6 +416,27 @@ mod tests {
         assert!(
             matches!(error, ExecError::Missing { program } if program == "banger-no-such-program")
         );
+    }
+
+    #[test]
+    fn what_administrators_use_is_found_without_a_path_to_it() {
+        let folder = tempfile::tempdir().unwrap();
+        // What everybody has there.
+        let program = ["ip", "ldconfig", "chroot"].into_iter().find(|program| {
+            ADMINISTRATION
+                .iter()
+                .any(|folder| Path::new(folder).join(program).exists())
+        });
+        let found = find_on(folder.path().as_os_str(), program.unwrap()).unwrap();
+        assert!(found.is_absolute());
+
+        let own = folder.path().join(program.unwrap());
+        std::fs::write(&own, "").unwrap();
+        let find_own = || find_on(folder.path().as_os_str(), program.unwrap()).unwrap();
+        assert_eq!(find_own(), found, "what cannot be executed is no program");
+        std::fs::set_permissions(&own, std::fs::Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(find_own(), own);
+        assert_eq!(find_on(OsStr::new(""), "banger-no-such-program"), None);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 /// Raised when something changes that neither the packages nor the scripts show.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
 const PACKAGES: &[&str] = &[
     KERNEL_PACKAGE,
@@ -20,24 +20,43 @@ const PACKAGES: &[&str] = &[
     "busybox-static",
     "ca-certificates",
     "curl",
+    "dbus",
+    "dbus-user-session",
     "dmsetup",
+    "docker.io",
     "e2fsprogs",
+    "firewalld",
     "iproute2",
+    "iptables",
     "iputils-ping",
     "kmod",
+    "libpam-systemd",
     "libseccomp2",
     "mmdebstrap",
     "mount",
     "nftables",
     "openssh-client",
     "openssh-server",
+    "passt",
+    "polkitd",
     "procps",
     "qemu-system-x86",
     "strace",
+    "systemd-resolved",
+    "systemd-sysv",
     "udev",
+    "ufw",
     "uidmap",
     "xfsprogs",
 ];
+/// What is done to the tree in `$1`. Each machine makes its own keys, packages start nothing by themselves, and there
+/// is an ordinary user, `otter`, with ids for user namespaces.
+const HOOK: &str = r#"set -e
+rm -f "$1"/etc/ssh/ssh_host_*
+for wanted in "$1"/etc/systemd/system/*.wants; do
+    case "$wanted" in */sysinit.target.wants) ;; *) rm -r "$wanted" ;; esac
+done
+chroot "$1" useradd --create-home --shell /bin/bash --groups kvm otter"#;
 /// Modules without which the root cannot be mounted; what they need comes along.
 const ROOT_MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "ext4"];
 /// What tests may write.
@@ -92,7 +111,7 @@ pub fn ensure(cache: &Path) -> Result<Base> {
 
 fn key(sources: &Sources) -> String {
     let mut hash = Sha256::new();
-    for part in [RECIPE, INITRD_SCRIPT, &sources.suite, &sources.list]
+    for part in [RECIPE, HOOK, INITRD_SCRIPT, &sources.suite, &sources.list]
         .iter()
         .chain(PACKAGES)
     {
@@ -168,8 +187,7 @@ fn build(sources: &Sources, folder: &Path) -> Result<()> {
     let status = command(program)
         .args(["--variant=minbase", "--format=tar"])
         .arg(format!("--include={}", PACKAGES.join(",")))
-        // Each machine makes its own.
-        .arg("--customize-hook=rm -f \"$1\"/etc/ssh/ssh_host_*")
+        .arg(format!("--customize-hook={HOOK}"))
         .arg(&sources.suite)
         .arg("-")
         .arg(&list)

@@ -2,11 +2,14 @@
 
 use crate::Result;
 use crate::error::Error;
+use crate::init::Init;
 use crate::run::{command, output_of};
 use crate::tree::{Tree, bytes_in, image_bytes};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+const SHELL_INIT: &str = include_str!("inside/shell.sh");
+const SYSTEMD_INIT: &str = include_str!("inside/systemd.sh");
 const RUNNER: &str = include_str!("inside/runner.sh");
 /// Inode tables and journal of a small filesystem.
 const ROOM_BYTES: u64 = 64 << 20;
@@ -33,6 +36,10 @@ pub struct Contents {
     pub suite: Option<PathBuf>,
     /// A `firecracker`, which becomes `/mnt/bin/firecracker`, its libraries in `/mnt/lib`.
     pub firecracker: Option<PathBuf>,
+    /// What else is to be there: a file or folder, and its path below `/mnt`.
+    pub more: Vec<(PathBuf, PathBuf)>,
+    /// The first process.
+    pub init: Init,
     /// What to run.
     pub command: Vec<String>,
 }
@@ -69,6 +76,7 @@ fn write(contents: &Contents, image: &Path) -> Result<()> {
     ]
     .into_iter()
     .filter_map(|(from, to)| Some((from?, PathBuf::from(to))))
+    .chain(contents.more.iter().cloned())
     .filter(|(from, _)| from.exists())
     .chain(libraries.into_iter().map(|library| {
         let name = library.file_name().unwrap_or_default().to_owned();
@@ -80,6 +88,11 @@ fn write(contents: &Contents, image: &Path) -> Result<()> {
         bytes += bytes_in(from)?;
     }
     let mut tree = Tree::new(image, image_bytes(bytes, ROOM_BYTES))?;
+    let init = match contents.init {
+        Init::Shell => SHELL_INIT,
+        Init::Systemd => SYSTEMD_INIT,
+    };
+    tree.add_bytes(Path::new("init"), init.into())?;
     tree.add_bytes(Path::new("runner"), RUNNER.into())?;
     tree.add_bytes(Path::new("command"), script(&contents.command).into())?;
     for (from, to) in &placed {

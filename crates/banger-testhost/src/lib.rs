@@ -1,13 +1,13 @@
 //! The test host: an emulated machine with a working KVM, for tests that the machine at hand cannot run.
 //!
 //! It is a Debian cloud kernel under QEMU's emulation, whose processor has SVM, so inside it KVM runs ordinary
-//! guests. It is made from packages once ([`base`]) and booted anew for each command ([`machine`]), with banger's
+//! guests. Its first process is a shell script or systemd ([`init`]). It is made from packages once ([`base`]) and booted anew for each command ([`machine`]), with banger's
 //! programs and the tests' fixtures on a second drive ([`drive`]). It has no network: the command is on that drive,
 //! what it writes comes out of virtio-serial ports. So it needs no privilege, and nothing of it outlives its QEMU.
 //!
 //! ```text
 //!   vda  root of the test host, shared, writes are thrown away
-//!   vdb  /mnt, read-only: runner, command, bin/, lib/, fixtures/, suite
+//!   vdb  /mnt, read-only: init, runner, command, bin/, lib/, fixtures/, suite
 //!   virtio-serial  stdout, stderr, status
 //! ```
 
@@ -15,6 +15,7 @@ pub mod base;
 pub mod drive;
 pub mod error;
 pub mod fixtures;
+pub mod init;
 pub mod machine;
 pub mod tree;
 

@@ -3,6 +3,7 @@
 use crate::Result;
 use crate::base::Base;
 use crate::error::Error;
+use crate::init::Init;
 use crate::run::{cannot_start, command};
 use rustix::io::{FdFlags, fcntl_setfd};
 use std::collections::VecDeque;
@@ -25,6 +26,8 @@ const FIRST_PIPE: u32 = 2;
 pub struct Options {
     /// Show what its kernel prints, on stderr.
     pub show_console: bool,
+    /// The first process. Under systemd the machine may be rebooted, which keeps what was written.
+    pub init: Init,
 }
 
 /// Boots the test host with `drive`, shows what its command writes, and gives the command's exit code.
@@ -46,6 +49,9 @@ pub fn run(base: &Base, drive: &File, options: Options) -> Result<u8> {
     let mut qemu = command(program);
     qemu.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
     machine(&mut qemu, base);
+    if options.init == Init::Shell {
+        qemu.arg("-no-reboot");
+    }
     wiring.arguments(&mut qemu);
     let mut child = qemu.spawn().map_err(cannot_start(program))?;
     // The ends of the pipes are seen only when no write end is left here.
@@ -74,7 +80,6 @@ fn machine(qemu: &mut Command, base: &Base) {
     qemu.args([
         "-nodefaults",
         "-no-user-config",
-        "-no-reboot",
         "-display",
         "none",
         "-machine",

@@ -1,14 +1,15 @@
-//! `testhost --cache DIR [--programs DIR] [--fixtures DIR] [--suite FILE] [--console] -- COMMAND...`: runs COMMAND
-//! in the test host and ends with its exit code. `cargo xtask testhost` gives the options.
+//! `testhost --cache DIR [OPTION...] -- COMMAND...`: runs COMMAND in the test host and ends with its exit code.
+//! `cargo xtask testhost` gives the options.
 
 use banger_testhost::drive::Contents;
+use banger_testhost::init::Init;
 use banger_testhost::machine::Options;
 use banger_testhost::{Result, base, drive, machine};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-const USAGE: &str = "usage: testhost --cache DIR [--programs DIR] [--fixtures DIR] [--suite FILE] [--console] \
-                     -- COMMAND...";
+const USAGE: &str = "usage: testhost --cache DIR [--programs DIR] [--fixtures DIR] [--suite FILE] \
+                     [--add PATH BELOW_MNT]... [--systemd] [--console] -- COMMAND...";
 /// Neither a success nor what the command in the test host would likely end with.
 const COULD_NOT_RUN: u8 = 125;
 
@@ -43,6 +44,13 @@ impl Request {
                 "--programs" => contents.programs = Some(PathBuf::from(args.next()?)),
                 "--fixtures" => contents.fixtures = Some(PathBuf::from(args.next()?)),
                 "--suite" => contents.suite = Some(PathBuf::from(args.next()?)),
+                "--add" => contents
+                    .more
+                    .push((args.next()?.into(), args.next()?.into())),
+                "--systemd" => {
+                    contents.init = Init::Systemd;
+                    options.init = Init::Systemd;
+                }
                 "--console" => options.show_console = true,
                 "--" => break,
                 _ => return None,

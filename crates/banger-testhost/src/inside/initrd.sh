@@ -1,5 +1,5 @@
 #!/bin/busybox sh
-# First process of the test host: loads what its root needs, mounts it, hands over to the runner.
+# First process of the test host: loads what its root needs, mounts it, hands over to the drive's init.
 busybox=/bin/busybox
 $busybox mount -t devtmpfs dev /dev
 while read -r module; do
@@ -9,4 +9,4 @@ $busybox mount -t ext4 /dev/vda /root && $busybox mount -t ext4 -o ro /dev/vdb /
     echo "test host: cannot mount its drives"
     $busybox poweroff -f
 }
-exec $busybox switch_root /root /mnt/runner
+exec $busybox switch_root /root /mnt/init

@@ -1,24 +1,5 @@
 #!/bin/sh
-# Sets the test host up, runs the command, reports how it ended, and turns the machine off.
-mount -t proc -o nosuid,nodev,noexec proc /proc
-mount -t sysfs -o nosuid,nodev,noexec sys /sys
-mount -t devtmpfs -o nosuid dev /dev
-mkdir -p /dev/pts /dev/shm
-mount -t devpts -o nosuid,noexec,gid=5,mode=620,ptmxmode=666 devpts /dev/pts
-mount -t tmpfs -o nosuid,nodev,mode=1777 shm /dev/shm
-mount -t tmpfs -o nosuid,nodev,mode=755 run /run
-mount -t tmpfs -o nosuid,nodev,mode=1777 tmp /tmp
-mount -t cgroup2 -o nosuid,nodev,noexec cgroup /sys/fs/cgroup
-ln -s /proc/self/fd /dev/fd
-for name in stdin:0 stdout:1 stderr:2; do ln -s "/proc/self/fd/${name#*:}" "/dev/${name%:*}"; done
-
-for module in virtio_console virtio_rng kvm_amd kvm_intel tun loop dm_mod; do
-    modprobe -q "$module"
-done
-[ -e /dev/kvm ] && chmod 0666 /dev/kvm
-ip link set lo up
-hostname testhost
-
+# Runs the command, shows what it writes, and reports how it ended; with a first process that reboots, in each boot.
 for port in /sys/class/virtio-ports/*; do
     case "$(cat "$port/name")" in
     stdout) stdout=/dev/${port##*/} ;;
@@ -28,7 +9,7 @@ for port in /sys/class/virtio-ports/*; do
 done
 
 # Programs that clear their environment find it here as well.
-[ -e /mnt/bin/firecracker ] && ln -s /mnt/bin/firecracker /usr/local/bin/firecracker
+[ -e /mnt/bin/firecracker ] && ln -sf /mnt/bin/firecracker /usr/local/bin/firecracker
 if [ -d /mnt/lib ]; then
     echo /mnt/lib > /etc/ld.so.conf.d/testhost.conf
     ldconfig
@@ -39,6 +20,21 @@ export PATH=/mnt/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bi
 export BANGER_TESTHOST=1 BANGER_LIBEXEC=/mnt/bin BANGER_TEST_FIXTURES=/mnt/fixtures
 cd /root
 sh /mnt/command < /dev/null > "$stdout" 2> "$stderr"
-echo $? > "$status"
+code=$?
+
+# The first boot that failed decides.
+kept=/var/lib/testhost/code
+mkdir -p "${kept%/*}"
+[ "$code" = 0 ] || [ -e "$kept" ] || echo "$code" > "$kept"
+next=
+[ -e /run/testhost/next ] && next=$(cat /run/testhost/next)
 sync
-busybox poweroff -f
+case "$next" in
+reboot) exec systemctl --no-block reboot ;;
+reset) echo b > /proc/sysrq-trigger ;;
+*)
+    [ -e "$kept" ] && code=$(cat "$kept")
+    echo "$code" > "$status"
+    busybox poweroff -f
+    ;;
+esac

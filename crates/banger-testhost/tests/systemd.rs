@@ -1,0 +1,14 @@
+//! Banger on a machine whose first process is systemd, as a person's own is. `cargo xtask test` runs these inside the
+//! test host; elsewhere they are ignored.
+//!
+//! The machine is booted three times with what was written kept: each boot runs the tests of its module, in the
+//! order of their names. They follow one person, `otter`, from the installation to its end.
+
+#![expect(clippy::unwrap_used, reason = "all of this is a test")]
+
+#[path = "systemd/boot_1.rs"]
+mod boot_1;
+#[path = "systemd/host.rs"]
+mod host;
+#[path = "systemd/login.rs"]
+mod login;
