@@ -125,6 +125,34 @@ fn core_stands_on_nothing_that_does_io() {
 }
 
 #[test]
+fn core_asks_nothing_of_the_machine() {
+    const MACHINE: [&str; 8] = [
+        "std::fs",
+        "std::env",
+        "std::io",
+        "std::process",
+        "std::thread",
+        "Instant::now",
+        "Timestamp::now",
+        "now_v7",
+    ];
+    let found = sources()
+        .into_iter()
+        .filter(|(name, _)| name.contains("banger-core/src") && !is_test(name))
+        .flat_map(|(name, text)| {
+            let text = without_tests(&text).to_owned();
+            let used = MACHINE.iter().filter(move |word| text.contains(**word));
+            used.map(move |word| format!("{name}: {word}"))
+                .collect::<Vec<_>>()
+        })
+        .collect();
+    assert_none(
+        found,
+        "banger-core reads a clock, a file or the environment",
+    );
+}
+
+#[test]
 fn crates_of_ours_depend_on_each_other_in_one_direction_only() {
     let allowed: BTreeMap<&str, &[&str]> = BTreeMap::from([
         ("banger-core", &[] as &[&str]),

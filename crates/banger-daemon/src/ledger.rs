@@ -9,8 +9,9 @@ use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::host::{CleanHost, HostObject, Mended};
 use banger_core::decide::Request;
 use banger_host::op::OwnedKind;
-use banger_vmm::lock::holders;
+use banger_vmm::lock::holders_of_each;
 use std::collections::{BTreeSet, HashMap};
+use std::path::PathBuf;
 
 /// Whose it is that belongs to no VM.
 const INSTANCE: &str = "(instance)";
@@ -49,17 +50,22 @@ pub(crate) async fn list(app: &App) -> Result<Vec<HostObject>, ErrorBody> {
             add("namespace", name, INSTANCE.to_owned(), true);
         }
     }
+    let handles = [false, true].map(|trash| app.registry.list(trash)).concat();
+    let locks: Vec<PathBuf> = handles
+        .iter()
+        .map(|handle| VmFiles::of(&app.world.paths, handle.id).lock())
+        .collect();
+    // One look at all processes, which takes as long as there are many.
+    let holders = tokio::task::spawn_blocking(move || holders_of_each(&locks)).await;
+    let holders = holders.map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
+    let holders = holders.map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
     let mut by_tap = HashMap::new();
-    for handle in [false, true].map(|trash| app.registry.list(trash)).concat() {
+    for (handle, holders) in handles.iter().zip(holders) {
         let view = handle.latest();
         let live = view.phase.is_live();
         let name = view.record.name.to_string();
-        let lock = VmFiles::of(&app.world.paths, handle.id).lock();
-        for pid in holders(&lock).unwrap_or_default() {
-            // The daemon itself holds it for moments.
-            if u32::try_from(pid) != Ok(std::process::id()) {
-                add("process", describe(pid), name.clone(), live);
-            }
+        for pid in holders {
+            add("process", describe(pid), name.clone(), live);
         }
         by_tap.insert(handle.id.tap_name(), (name, live));
     }

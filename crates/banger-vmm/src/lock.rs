@@ -6,6 +6,7 @@
 use crate::process;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
+use std::collections::{BTreeSet, HashSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -62,13 +63,35 @@ pub fn try_lock(path: &Path) -> Result<Locked, LockError> {
 /// The numbers are for display and for [`process::kill_holder`], which checks them again.
 pub fn holders(path: &Path) -> std::io::Result<Vec<i32>> {
     let lock = process::FileId::of(path)?;
-    let own = std::process::id() as i32;
-    let mut holders: Vec<i32> = std::fs::read_dir("/proc")?
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter(|&pid| pid != own && process::holds(pid, lock))
+    let holders = holds_of_all(&HashSet::from([lock]))?;
+    Ok(holders.into_iter().map(|(pid, _)| pid).collect())
+}
+
+/// The same for many locks by one look at all processes: for each of `paths`, who holds it. Nobody holds a lock that is
+/// not there.
+pub fn holders_of_each(paths: &[PathBuf]) -> std::io::Result<Vec<Vec<i32>>> {
+    let locks: Vec<Option<process::FileId>> = paths
+        .iter()
+        .map(|path| process::FileId::of(path).ok())
         .collect();
-    holders.sort_unstable();
-    Ok(holders)
+    let all = holds_of_all(&locks.iter().flatten().copied().collect())?;
+    let holders = |lock: &Option<process::FileId>| {
+        let of_this = all.iter().filter(|(_, held)| Some(*held) == *lock);
+        of_this.map(|(pid, _)| *pid).collect()
+    };
+    Ok(locks.iter().map(holders).collect())
+}
+
+/// Which of `locks` processes other than the caller hold, by process.
+fn holds_of_all(
+    locks: &HashSet<process::FileId>,
+) -> std::io::Result<BTreeSet<(i32, process::FileId)>> {
+    let own = std::process::id() as i32;
+    Ok(std::fs::read_dir("/proc")?
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|&pid| pid != own)
+        .flat_map(|pid| process::held(pid, locks).map(move |lock| (pid, lock)))
+        .collect())
 }
 
 /// Waits until the lock at `path` is free, and takes it. Gives up at `deadline`.
@@ -124,6 +147,26 @@ mod tests {
         let path = folder.path().join("vm.lock");
         let _lock = try_lock(&path).unwrap();
         assert_eq!(holders(&path).unwrap(), Vec::<i32>::new());
+    }
+
+    #[test]
+    fn one_look_tells_the_holders_of_many_locks() {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = ["one", "other", "missing"].map(|name| folder.path().join(name));
+        let [one, other] = [0, 1].map(|at: usize| try_lock(&paths[at]).unwrap());
+        // It holds the first alone, for as long as its standard input is that.
+        #[expect(clippy::disallowed_methods, reason = "a process that holds a lock")]
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .stdin(one.file.try_clone().unwrap())
+            .spawn()
+            .unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let all = holders_of_each(&paths);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(all.unwrap(), [vec![pid], vec![], vec![]]);
+        drop(other);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags, Signal};
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
@@ -9,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Which file it is, whatever it is called.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct FileId {
     device: u64,
     inode: u64,
@@ -53,22 +54,24 @@ pub fn open(pid: i32) -> io::Result<OwnedFd> {
     Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
 }
 
-/// Whether process `pid` has that very file open, by a description that carries a lock.
-pub(crate) fn holds(pid: i32, lock: FileId) -> bool {
-    let Ok(descriptors) = std::fs::read_dir(format!("/proc/{pid}/fd")) else {
-        return false;
-    };
-    descriptors
-        .flatten()
-        .filter(|descriptor| FileId::of(&descriptor.path()).is_ok_and(|file| file == lock))
-        .any(|descriptor| {
-            let name = descriptor.file_name();
-            let info = format!("/proc/{pid}/fdinfo/{}", name.to_string_lossy());
-            std::fs::read_to_string(info).is_ok_and(|info| {
-                info.lines()
-                    .any(|line| line.starts_with("lock:") && line.contains("FLOCK"))
-            })
-        })
+/// Which of `locks` process `pid` holds: it has that very file open, by a description that carries a lock.
+pub(crate) fn held(pid: i32, locks: &HashSet<FileId>) -> impl Iterator<Item = FileId> {
+    let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd"));
+    let descriptors = descriptors.into_iter().flatten().flatten();
+    descriptors.filter_map(move |descriptor| {
+        let file = FileId::of(&descriptor.path()).ok()?;
+        locks.get(&file)?;
+        let name = descriptor.file_name();
+        let info = format!("/proc/{pid}/fdinfo/{}", name.to_string_lossy());
+        let info = std::fs::read_to_string(info).ok()?;
+        let locked = |line: &str| line.starts_with("lock:") && line.contains("FLOCK");
+        info.lines().any(locked).then_some(file)
+    })
+}
+
+/// Whether process `pid` holds `lock`.
+fn holds(pid: i32, lock: FileId) -> bool {
+    held(pid, &HashSet::from([lock])).next().is_some()
 }
 
 /// Sends `signal` to process `pid` if, and only if, it holds the lock at `lock`.
