@@ -427,9 +427,13 @@ fn host_side(wanted: Option<Mode>) -> Result<(Mode, Option<HostSide>), ErrorBody
     }
 }
 
-/// What nobody waits for at the start: leftovers on the host go, and VMs with autostart come back: all of them once per
-/// boot of the host, and at any time those that were stopped because host or user went.
+/// What nobody waits for at the start: what is left on the host and of killed builds goes, and VMs with autostart come
+/// back: all of them once per boot of the host, and at any time those that were stopped because host or user went.
 async fn settle(app: App) {
+    // Goes on by itself; a build that starts meanwhile is none of its business.
+    drop(tokio::task::spawn_blocking(
+        banger_image::image::sweep_killed_builds,
+    ));
     if let Err(error) = app.world.network.settle().await {
         let error = banger_host::error_chain(&error);
         tracing::warn!(error, "what is left of the network on the host stays");

@@ -1,5 +1,6 @@
 //! The default image: Debian by mmdebstrap, changed so that it boots fast and holds no secret.
 
+use super::work_folder::WorkFolder;
 use super::{EPOCH, Material, PackageVersion};
 use crate::apt::{self, Host};
 use crate::context::Context;
@@ -9,11 +10,9 @@ use crate::tree::{Entry, Kind, Tree};
 use crate::unpack::{copy, field, spool_file};
 use sha2::{Digest, Sha256};
 use std::ffi::OsString;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use uuid::Uuid;
 
 const UNITS: &str = include_str!("../../recipes/debian/units.txt");
 const SSH_SERVICE: &str = include_str!("../../recipes/debian/ssh.service");
@@ -158,7 +157,7 @@ fn bootstrap(
         folder: Some(Path::new("/")),
         environment: vec![
             ("SOURCE_DATE_EPOCH", EPOCH.to_string().into()),
-            ("TMPDIR", work.path.clone().into()),
+            ("TMPDIR", work.path().into()),
         ],
         limit: Duration::from_secs(3600),
         stage: Some("packages"),
@@ -183,54 +182,6 @@ fn bootstrap(
     })?;
     outcome.check("mmdebstrap")?;
     Ok((file, hash.finalize().to_vec()))
-}
-
-/// Where mmdebstrap works. It does not always clean up when it is ended, so its folder is ours to remove.
-struct WorkFolder {
-    path: PathBuf,
-}
-
-impl WorkFolder {
-    fn make() -> Result<Self, BuildError> {
-        let path = std::env::temp_dir().join(format!("banger-build-{}", Uuid::now_v7()));
-        std::fs::create_dir(&path).map_err(BuildError::io("create", &path))?;
-        let work = Self { path };
-        // As for /tmp itself: the ids that mmdebstrap runs as are not ours.
-        let mode = std::fs::Permissions::from_mode(0o1777);
-        std::fs::set_permissions(&work.path, mode).map_err(BuildError::io("open", &work.path))?;
-        Ok(work)
-    }
-}
-
-impl Drop for WorkFolder {
-    fn drop(&mut self) {
-        if std::fs::remove_dir_all(&self.path).is_ok() {
-            return;
-        }
-        // What belongs to subordinate ids is removed as their root; a cancelled build must not stop this.
-        let entries = std::fs::read_dir(&self.path)
-            .into_iter()
-            .flatten()
-            .flatten();
-        let arguments = ["--unshare-helper", "rm", "-rf", "--"].map(OsString::from);
-        let program = Program {
-            name: "mmdebstrap",
-            package: "mmdebstrap",
-            arguments: arguments
-                .into_iter()
-                .chain(entries.map(|entry| entry.path().into()))
-                .collect(),
-            folder: Some(Path::new("/")),
-            environment: Vec::new(),
-            limit: Duration::from_secs(60),
-            stage: None,
-        };
-        // It cannot remove what is this user's own, so it may fail: what counts is what is left afterwards.
-        let _ = program.run(&Context::quiet(std::env::temp_dir()));
-        if std::fs::remove_dir_all(&self.path).is_err() {
-            tracing::warn!(folder = %self.path.display(), "a build's folder is left behind");
-        }
-    }
 }
 
 /// The packages in the tree's dpkg status, in order of name.

@@ -2,6 +2,7 @@
 
 mod debian;
 mod tiny;
+mod work_folder;
 
 use crate::apt::is_package_name;
 use crate::context::Context;
@@ -187,6 +188,11 @@ impl PackageList {
             sha256: ext4::hex(&hash.finalize()),
         })
     }
+}
+
+/// Removes what builds of this user left among temporary files when they were killed; does nothing to those that live.
+pub fn sweep_killed_builds() {
+    work_folder::sweep(&std::env::temp_dir());
 }
 
 /// Reads the manifest of the image in `image_dir`.
