@@ -55,6 +55,12 @@ pub(crate) struct NetworkConfig {
     pub(crate) pasta: Option<PathBuf>,
 }
 
+impl NetworkConfig {
+    pub(crate) fn pasta(&self) -> PathBuf {
+        self.pasta.clone().unwrap_or_else(|| "pasta".into())
+    }
+}
+
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 pub(crate) struct DriverConfig {

@@ -5,6 +5,8 @@ use crate::host_boot;
 use crate::server::App;
 use banger_api::daemon::{Check, Mode, Verdict};
 use banger_api::host::Mended;
+use banger_api::network::WayOut;
+use banger_host::net::pasta;
 use banger_host::probe;
 use banger_image::image::ImageManifest;
 use banger_image::image::ROOT_IMAGE;
@@ -24,7 +26,7 @@ pub(crate) async fn run(app: &App) -> Vec<Check> {
     let mut checks = tokio::task::spawn_blocking(move || look(&looked))
         .await
         .unwrap_or_default();
-    checks.push(network(app).await);
+    checks.extend(network(app).await);
     for notice in &app.world.notices {
         checks.push(check("start-up", Verdict::Note, notice.clone(), None));
     }
@@ -142,6 +144,9 @@ fn look(app: &App) -> Vec<Check> {
             ),
         });
     }
+    if world.mode == Mode::Rootless {
+        checks.push(pasta(&world.config.network.pasta()));
+    }
     checks.push(match banger_host::storage::space(&world.paths.state) {
         Ok(space) if space.available < 1 << 30 => check(
             "disk",
@@ -238,25 +243,82 @@ fn tun() -> Check {
     }
 }
 
-async fn network(app: &App) -> Check {
-    match app.world.network.now().await {
-        Ok(now) => check(
-            "network",
-            Verdict::Good,
-            format!(
-                "{} port(s) of {}",
-                now.ports.len(),
-                app.world.instance.pool.network()
-            ),
-            None,
+async fn network(app: &App) -> Vec<Check> {
+    let now = match app.world.network.now().await {
+        Ok(now) => now,
+        Err(error) => {
+            return vec![check(
+                "network",
+                Verdict::Bad,
+                banger_host::error_chain(&error),
+                Some(
+                    "`banger daemon logs` tells more; `banger doctor --repair` makes the network whole again",
+                ),
+            )];
+        }
+    };
+    let mut checks = vec![check(
+        "network",
+        Verdict::Good,
+        format!(
+            "{} port(s) of {}",
+            now.ports.len(),
+            app.world.instance.pool.network()
         ),
-        Err(error) => check(
-            "network",
+        None,
+    )];
+    checks.extend(way_out(now.way_out.unwrap_or(WayOut::Closed)));
+    checks
+}
+
+/// What keeps guests from the internet, if anything.
+fn way_out(way_out: WayOut) -> Vec<Check> {
+    match way_out {
+        WayOut::Closed => Vec::new(),
+        WayOut::Failed { why } => vec![check(
+            "nat",
             Verdict::Bad,
-            banger_host::error_chain(&error),
-            Some(
-                "`banger daemon logs` tells more; `banger doctor --repair` makes the network whole again",
+            format!("guests do not reach the internet: {why}"),
+            Some("`banger doctor --repair` tries again"),
+        )],
+        WayOut::Open { closed_by, .. } => closed_by
+            .into_iter()
+            .map(|closed| {
+                check(
+                    "nat",
+                    Verdict::Bad,
+                    format!(
+                        "guests do not reach the internet: {} drops what they send",
+                        closed.chain
+                    ),
+                    Some(&format!("as root: {}", closed.remedy)),
+                )
+            })
+            .collect(),
+    }
+}
+
+/// The program by which guests of an ordinary user get out.
+fn pasta(program: &std::path::Path) -> Check {
+    match pasta::version(program) {
+        Ok(version) if version.loses_ends() => check(
+            "pasta",
+            Verdict::Note,
+            format!(
+                "{version}: those of 2023 and before often do not tell a guest that has ended its own side that the \
+                 other side has ended too"
             ),
+            Some(
+                "install a newer `passt` (Debian 13 has one), or give guests another way out: `make install` as root \
+                 sets up `banger-helper`",
+            ),
+        ),
+        Ok(version) => check("pasta", Verdict::Good, version.to_string(), None),
+        Err(error) => check(
+            "pasta",
+            Verdict::Note,
+            format!("guests have no way out: {error}"),
+            Some("`sudo apt-get install passt`"),
         ),
     }
 }

@@ -333,11 +333,7 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
         pool: instance.pool,
         mode,
         host: host.clone(),
-        pasta: config
-            .network
-            .pasta
-            .clone()
-            .unwrap_or_else(|| "pasta".into()),
+        pasta: config.network.pasta(),
         names: servers,
         keeper_program: programs.keeper.clone(),
         keeper_socket: paths.keeper_socket(),

@@ -7,6 +7,7 @@ use banger_host::host_side::{Caller, Host, Settled};
 use banger_host::net::host::HostOpError;
 use banger_host::net::seqpacket;
 use banger_host::op::{HostAnswer, HostOp, HostReply, HostRequest};
+use banger_host::seldom::Seldom;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
@@ -43,33 +44,42 @@ pub fn say(line: std::fmt::Arguments<'_>) {
 pub fn serve(listener: OwnedFd, host: Host, idle: Option<Duration>) -> io::Result<()> {
     let host = Arc::new(host);
     // Without it rules could stay flushed, so there is no serving.
-    let _keeping = host.keep(report)?;
+    let mut seldom = Seldom::default();
+    let _keeping = host.keep(move |settled| {
+        report(settled, &mut seldom);
+        ControlFlow::Continue(())
+    })?;
     accept_until_idle(&listener, &host, idle)
 }
 
-fn report(settled: Result<Settled, HostOpError>) -> ControlFlow<()> {
+/// Somebody who changes the rules without end must not fill the log.
+fn report(settled: Result<Settled, HostOpError>, seldom: &mut Seldom) {
+    let mut tell = |line: String| {
+        if let Some(held_back) = seldom.tell(&line, Instant::now()) {
+            say(format_args!("{line}{held_back}"));
+        }
+    };
     match settled {
         Ok(settled) => {
             for instance in settled.repaired {
-                say(format_args!("put the rules of instance {instance} right"));
+                tell(format!("put the rules of instance {instance} right"));
             }
             for instance in settled.ended {
                 say(format_args!("instance {instance} has ended"));
             }
             for (instance, error) in settled.failed {
                 let why = error_chain(&error);
-                say(format_args!("cannot put instance {instance} right: {why}"));
+                tell(format!("cannot put instance {instance} right: {why}"));
             }
         }
         Err(error) => {
-            say(format_args!("cannot settle: {}", error_chain(&error)));
+            tell(format!("cannot settle: {}", error_chain(&error)));
             if matches!(error, HostOpError::Watch(_)) {
                 // Rules could stay flushed now: systemd starts another.
                 std::process::exit(1);
             }
         }
     }
-    ControlFlow::Continue(())
 }
 
 fn accept_until_idle(

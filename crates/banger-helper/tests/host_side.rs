@@ -169,6 +169,59 @@ fn a_host_that_became_a_router_meanwhile_stays_one() {
     assert!(forwards("eth0"));
 }
 
+/// In root mode nobody repairs while the daemon is down, and Docker may be started then.
+#[test]
+fn a_host_that_becomes_a_router_while_nobody_looks_routes_for_its_containers() {
+    let Some(machine) =
+        Machine::new("a_host_that_becomes_a_router_while_nobody_looks_routes_for_its_containers")
+    else {
+        return;
+    };
+    let instance = Instance::new(1);
+    machine.attach(&instance).unwrap();
+    machine.nat(&instance);
+    let container = machine::new_namespace();
+    banger_host::net::links::Links::new()
+        .create_veth("docker0", 0, "eth0", container.as_fd())
+        .unwrap();
+    sh("echo 1 > /proc/sys/net/ipv4/ip_forward
+        ip addr add 172.17.0.1/16 dev docker0; ip link set docker0 up
+        nft -f - <<'END'
+table ip nat {
+	chain PREROUTING { type nat hook prerouting priority dstnat; iifname eth0 tcp dport 8080 dnat to 172.17.0.2:80; }
+	chain POSTROUTING { type nat hook postrouting priority srcnat; ip saddr 172.17.0.0/16 oifname eth0 masquerade; }
+}
+END");
+    inside(&container, || {
+        sh(
+            "ip addr add 172.17.0.2/16 dev eth0; ip link set eth0 up; ip route add default via 172.17.0.1",
+        )
+    });
+    let seen = connect(&container, &machine.internet, SERVER).unwrap();
+    assert_eq!(seen.ip(), HOST, "a container gets out");
+    // Nobody sees to it that whoever is outside reaches no more than before.
+    inside(&machine.internet, || {
+        sh(&format!("ip route add 172.17.0.0/16 via {HOST}"))
+    });
+    let inner = std::net::Ipv4Addr::new(172, 17, 0, 2);
+    assert_eq!(connect(&machine.internet, &container, inner), None);
+    let web = inside(&container, || {
+        std::net::TcpListener::bind((inner, 80)).unwrap()
+    });
+    let published = inside(&machine.internet, || {
+        std::net::TcpStream::connect_timeout(&(HOST, 8080).into(), Duration::from_secs(2))
+    });
+    assert!(
+        published.is_ok(),
+        "a published port is reached: {published:?}"
+    );
+    drop(web);
+    // Once somebody looks, all that a router passes on is passed on.
+    machine.host.settle().unwrap();
+    assert!(connect(&machine.internet, &container, inner).is_some());
+    assert!(instance.reach(&machine.internet, SERVER).is_some());
+}
+
 #[test]
 fn a_flushed_ruleset_and_another_default_route_are_put_right_within_a_second() {
     let Some(machine) =
@@ -207,8 +260,10 @@ fn a_flushed_ruleset_and_another_default_route_are_put_right_within_a_second() {
     put_right("forwarding", &|| forwards("eth0"));
 
     sh("ip link add eth9 type bridge; ip link set eth9 up; ip route replace default dev eth9");
-    put_right("the new device", &|| forwards("eth9") && !forwards("eth0"));
-    assert!(rules().contains("elements = { \"eth9\" }"));
+    put_right("the new device", &|| {
+        // The devices come before the table.
+        forwards("eth9") && !forwards("eth0") && rules().contains("elements = { \"eth9\" }")
+    });
     sh("ip route del default");
     put_right("no device", &|| {
         !forwards("eth9") && !rules().contains("eth9")

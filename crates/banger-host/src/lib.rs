@@ -5,6 +5,7 @@ pub mod host_side;
 pub mod net;
 pub mod op;
 pub mod probe;
+pub mod seldom;
 pub mod storage;
 
 /// An error and its causes on one line, joined by `: `.

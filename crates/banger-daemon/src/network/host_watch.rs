@@ -6,9 +6,11 @@ use banger_host::error_chain;
 use banger_host::host_side::{HostSide, Keeping, Settled};
 use banger_host::net::addresses;
 use banger_host::net::host::HostOpError;
+use banger_host::seldom::Seldom;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use std::ops::ControlFlow;
+use std::time::Instant;
 use tokio::sync::mpsc;
 
 /// Tells the network's actor the host's addresses, now and whenever they change.
@@ -56,23 +58,41 @@ pub(super) fn follow_keeper(keeper: i32, inbox: mpsc::WeakSender<Ask>) {
 
 /// Keeps what was asked of the host side as it is, for as long as the answer is held.
 pub(super) fn keep(host: &HostSide) -> Option<Keeping> {
+    let mut seldom = Seldom::default();
+    let report = move |settled| {
+        report(settled, &mut seldom);
+        ControlFlow::Continue(())
+    };
     host.keep(report).unwrap_or_else(|error| {
         tracing::warn!(%error, "changes of the host's packet filter are not heard of");
         None
     })
 }
 
-fn report(settled: Result<Settled, HostOpError>) -> ControlFlow<()> {
+/// Somebody who changes the rules without end must not fill the log.
+fn report(settled: Result<Settled, HostOpError>, seldom: &mut Seldom) {
+    let mut warn = |line: String| {
+        if let Some(held_back) = seldom.tell(&line, Instant::now()) {
+            tracing::warn!("{line}{held_back}");
+        }
+    };
     match settled {
         Ok(settled) => {
             for instance in settled.repaired {
-                tracing::warn!(%instance, "somebody changed our rules on the host; they are right again");
+                warn(format!(
+                    "somebody changed the rules of instance {instance} on the host; they are right again"
+                ));
             }
             for (instance, error) in settled.failed {
-                tracing::warn!(%instance, error = error_chain(&error), "the host differs from what was asked");
+                let error = error_chain(&error);
+                warn(format!(
+                    "the host differs from what instance {instance} asked for: {error}"
+                ));
             }
         }
-        Err(error) => tracing::warn!(error = error_chain(&error), "the host cannot be settled"),
+        Err(error) => warn(format!(
+            "the host cannot be settled: {}",
+            error_chain(&error)
+        )),
     }
-    ControlFlow::Continue(())
 }

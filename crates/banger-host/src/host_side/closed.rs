@@ -1,5 +1,6 @@
 //! Whose rules drop what the guests forward. A packet goes through every table, and one that drops is enough; so what
-//! others close stays closed, and all that can be done is to say so.
+//! others close stays closed, and all that can be done is to say so, with what opens it for good where its owner
+//! keeps such things.
 
 use crate::net::links::NetlinkError;
 use crate::op::ClosedForward;
@@ -14,7 +15,9 @@ const FAMILIES: [(u8, &str); 2] = [(NFPROTO_IPV4 as u8, "ip"), (NFPROTO_INET as 
 /// Expressions that neither choose packets nor let them pass.
 const INDIFFERENT: [&[u8]; 3] = [b"counter", b"log", b"limit"];
 /// Expressions that end a packet's way, where nothing before them chose.
-const ENDING: [&[u8]; 2] = [b"reject", b"immediate"];
+const ENDING: [&[u8]; 3] = [b"reject", b"immediate", TARGET];
+/// A module of iptables: what it does, it says by its name.
+const TARGET: &[u8] = b"target";
 const OURS: &str = "banger_";
 
 /// What is known of somebody's table.
@@ -27,14 +30,11 @@ struct Table {
     names_us: bool,
 }
 
-/// The chains that drop what comes from `veth` to one of `uplinks`.
+/// The chains that drop what comes from `veth` on its way out.
 ///
 /// # Errors
 /// The kernel refuses.
-pub(super) fn forward_closed_by(
-    veth: &str,
-    uplinks: &[String],
-) -> Result<Vec<ClosedForward>, NetlinkError> {
+pub(super) fn forward_closed_by(veth: &str) -> Result<Vec<ClosedForward>, NetlinkError> {
     let mut socket = NetlinkSocket::new();
     let mut found = Vec::new();
     for (family, word) in FAMILIES {
@@ -45,7 +45,7 @@ pub(super) fn forward_closed_by(
                 let of_table = table
                     .closed
                     .iter()
-                    .map(|chain| explain(word, name, chain, &table.chains, veth, uplinks));
+                    .map(|chain| explain(word, name, chain, &table.chains, veth));
                 found.extend(of_table);
             }
         }
@@ -131,6 +131,9 @@ fn ends_all(expressions: &nftables::IterableExprListAttrs<'_>) -> bool {
                 .and_then(|data| data.get_verdict())
                 .and_then(|verdict| verdict.get_code())
                 .is_ok_and(|code| code == NF_DROP),
+            Ok(nftables::ExprOps::Target(target)) => target
+                .get_name()
+                .is_ok_and(|name| name.to_bytes() == b"REJECT"),
             _ => true,
         };
     }
@@ -147,10 +150,8 @@ fn explain(
     chain: &str,
     chains: &BTreeSet<String>,
     veth: &str,
-    uplinks: &[String],
 ) -> ClosedForward {
     let has = |name: &str| chains.contains(name);
-    let uplink = uplinks.first().map_or("any", String::as_str);
     let by_iptables = |chain: &str| {
         format!(
             "iptables -I {chain} -i {veth} -j ACCEPT && iptables -I {chain} -o {veth} -m conntrack --ctstate \
@@ -160,15 +161,18 @@ fn explain(
     let (owner, remedy) = if family == "ip" && chain == "FORWARD" && has("DOCKER-USER") {
         ("Docker", by_iptables("DOCKER-USER"))
     } else if family == "ip" && chain == "FORWARD" && has("ufw-before-forward") {
-        (
-            "ufw",
-            format!("ufw route allow in on {veth} out on {uplink}"),
-        )
+        // Whichever way out the host has: our own table knows them.
+        ("ufw", format!("ufw route allow in on {veth}"))
     } else if table == "firewalld" {
+        // What is permanent holds from the next reload on, and what is not until then.
+        let zone = format!("--zone=trusted --change-interface={veth}");
         (
             "firewalld",
-            format!("firewall-cmd --zone=trusted --add-interface={veth}"),
+            format!("firewall-cmd --permanent {zone} && firewall-cmd {zone}"),
         )
+    } else if table == "firewalld_policy_drop" {
+        // There while it loads its rules, and after a reload that broke off.
+        ("firewalld", "firewall-cmd --reload".to_owned())
     } else if family == "ip" && table == "filter" && chain == "FORWARD" {
         ("iptables", by_iptables("FORWARD"))
     } else {
@@ -227,8 +231,7 @@ mod tests {
 
     fn remedy(family: &str, table: &str, chain: &str, chains: &[&str]) -> String {
         let chains = chains.iter().map(|name| (*name).to_owned()).collect();
-        let uplinks = ["eth0".to_owned()];
-        let closed = explain(family, table, chain, &chains, "bv0123456789ab", &uplinks);
+        let closed = explain(family, table, chain, &chains, "bv0123456789ab");
         format!("{}: {}", closed.chain, closed.remedy)
     }
 
@@ -241,11 +244,16 @@ mod tests {
             ),
             (
                 remedy("ip", "filter", "FORWARD", &["ufw-before-forward"]),
-                "(ufw): ufw route allow in on bv0123456789ab out on eth0",
+                "(ufw): ufw route allow in on bv0123456789ab",
             ),
             (
                 remedy("inet", "firewalld", "filter_FORWARD", &[]),
-                "(firewalld): firewall-cmd --zone=trusted --add-interface=bv0123456789ab",
+                "(firewalld): firewall-cmd --permanent --zone=trusted --change-interface=bv0123456789ab && firewall-cmd \
+                 --zone=trusted --change-interface=bv0123456789ab",
+            ),
+            (
+                remedy("inet", "firewalld_policy_drop", "filter_forward", &[]),
+                "(firewalld): firewall-cmd --reload",
             ),
             (
                 remedy("ip", "filter", "FORWARD", &[]),

@@ -356,7 +356,7 @@ impl Work {
             self.ledger.save(&record)?;
         }
         let uplinks = self.settle_one(tag)?;
-        let forward_closed_by = closed::forward_closed_by(&tag.instance.veth_name(), &uplinks)?;
+        let forward_closed_by = closed::forward_closed_by(&tag.instance.veth_name())?;
         Ok(NatReport {
             uplinks,
             forward_closed_by,

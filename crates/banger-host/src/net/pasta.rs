@@ -1,9 +1,16 @@
 //! The way out of an ordinary user's namespace: `pasta` of the passt project.
 
 use super::keeper::{self, Keeper, KeeperError};
+use crate::exec::{ExecError, Run};
 use crate::op::{NamespaceAnswer, NamespaceOp};
 use std::ffi::OsStr;
+use std::fmt;
 use std::path::Path;
+use std::time::Duration;
+
+const VERSION_TIMEOUT: Duration = Duration::from_secs(5);
+/// The first year whose releases pass on the end of a connection that is half closed already.
+const PASSES_ENDS: u16 = 2024;
 
 /// The namespace could not be given a way out.
 #[derive(Debug, thiserror::Error)]
@@ -63,4 +70,72 @@ pub fn ensure(keeper: &Keeper, helper: &Path, pasta: &Path) -> Result<(), PastaE
 fn is_ready(keeper: &Keeper) -> Result<bool, KeeperError> {
     let (answer, _) = keeper.request(NamespaceOp::EnsureWayOut)?;
     Ok(answer == NamespaceAnswer::WayOut { ready: true })
+}
+
+/// What `pasta` says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Version {
+    /// Its releases are named after their day; unknown where the packager left it out, as Debian did in 2023.
+    year: Option<u16>,
+    said: String,
+}
+
+impl Version {
+    fn read(said: &str) -> Self {
+        let line = said.lines().next().unwrap_or_default();
+        let line = line.strip_prefix("pasta ").unwrap_or(line).trim();
+        // `2024_02_20.1e6f92b`, or `0.0~git20230309.7c7625d-1` of a package.
+        let years = line
+            .split(|c: char| !c.is_ascii_digit())
+            .filter(|digits| digits.len() == 4 || digits.len() == 8)
+            .filter_map(|digits| digits[..4].parse().ok());
+        Self {
+            year: years.into_iter().find(|year| (2020..2100).contains(year)),
+            said: line.chars().take(80).collect(),
+        }
+    }
+
+    /// Whether it is one that often keeps the end of a connection from a guest that has ended its own side.
+    pub fn loses_ends(&self) -> bool {
+        self.year.is_none_or(|year| year < PASSES_ENDS)
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.said.escape_debug())
+    }
+}
+
+/// Asks `pasta` for its version.
+///
+/// # Errors
+/// It is not installed, or does not say.
+pub fn version(pasta: &Path) -> Result<Version, ExecError> {
+    let output = Run::new(pasta)
+        .arg("--version")
+        .timeout(VERSION_TIMEOUT)
+        .run()?;
+    Ok(Version::read(&String::from_utf8_lossy(&output.stdout)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_of_2023_or_of_no_known_day_loses_ends() {
+        for (said, loses) in [
+            ("pasta unknown version\nCopyright Red Hat\n", true),
+            ("pasta 2023_03_09.7c7625d", true),
+            ("pasta 0.0~git20230309.7c7625d-1", true),
+            ("pasta 2024_02_20.1e6f92b", false),
+            ("pasta 0.0~git20250503.587980c-2", false),
+            ("", true),
+        ] {
+            assert_eq!(Version::read(said).loses_ends(), loses, "{said}");
+        }
+        let said = Version::read("pasta 2024_02_20.1e6f92b\nCopyright Red Hat");
+        assert_eq!(said.to_string(), "2024_02_20.1e6f92b");
+    }
 }
