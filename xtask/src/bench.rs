@@ -8,17 +8,28 @@
 //! | `list` | `banger vm list` with 1,000 VMs | `curl --unix-socket` of the same bytes |
 //! | `memory` | PSS of the daemon and of a shim | |
 //! | `syncs` | waits for the disk before the answer | |
+//! | `modes` | `vm start` with the helper, and without root | the same as root, on the same machine |
+//! | `nat` | `nat up` for the last of 500 VMs that run | for the second of two; one bare netlink batch |
+//! | `forward` | small packets forwarded with 500 VMs in the sets | with one |
+//! | `reconcile` | what 1,000 stopped VMs add to the start of a daemon | one dump each of links, rules, loops and processes |
 //! | `dns` | answers of `banger-dns` to 20,000 queries, and the 99th percentile of their times | dnsmasq with the same names |
 //! | `boot` | create until a command ran over ssh, default image | the same packages as Debian boots them |
 
 mod bare;
 mod boot;
+mod cpu;
 mod create;
 mod debian;
 mod dns;
+mod forward;
 mod home;
 mod list;
+mod machine;
 mod memory;
+mod modes;
+mod nat;
+mod netlink;
+mod reconcile;
 mod start;
 mod stats;
 mod syncs;
@@ -44,7 +55,7 @@ struct Bench {
     run: fn(&Path) -> Result<Vec<Row>>,
 }
 
-const BENCHES: [Bench; 8] = [
+const BENCHES: [Bench; 12] = [
     Bench {
         name: "version",
         run: version,
@@ -68,6 +79,22 @@ const BENCHES: [Bench; 8] = [
     Bench {
         name: "syncs",
         run: syncs::run,
+    },
+    Bench {
+        name: "modes",
+        run: modes::run,
+    },
+    Bench {
+        name: "nat",
+        run: nat::run,
+    },
+    Bench {
+        name: "forward",
+        run: forward::run,
+    },
+    Bench {
+        name: "reconcile",
+        run: reconcile::run,
     },
     Bench {
         name: "dns",

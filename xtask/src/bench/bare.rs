@@ -46,13 +46,18 @@ impl Namespace {
             // It failed, and said why on standard error.
             let _ = holder.kill();
             let _ = holder.wait();
-            return Err(Failure::new("cannot make a network namespace with a TAP")
+            return Err(Failure::new("cannot make a network namespace")
                 .hint("this bench needs root: run it with sudo"));
         }
         Ok(Self {
             holder,
             file: opened.map_err(failed())?.into(),
         })
+    }
+
+    /// The process that holds it.
+    pub(super) fn pid(&self) -> u32 {
+        self.holder.id()
     }
 
     /// Does `work` inside, on a thread of its own.

@@ -195,20 +195,9 @@ impl Server {
         )))
     }
 
-    /// The CPU time that its threads took so far.
+    /// The CPU time that it took so far.
     fn cpu_seconds(&self) -> Result<f64> {
-        let tasks = format!("/proc/{}/task", self.child.id());
-        let failed = || Failure::io(format!("cannot read `{tasks}`"));
-        let mut nanoseconds = 0.0;
-        for task in std::fs::read_dir(&tasks).map_err(failed())?.flatten() {
-            let text = std::fs::read_to_string(task.path().join("schedstat")).map_err(failed())?;
-            let ran = text
-                .split(' ')
-                .next()
-                .and_then(|word| word.parse::<f64>().ok());
-            nanoseconds += ran.unwrap_or(0.0);
-        }
-        Ok(nanoseconds / 1e9)
+        super::cpu::seconds_of_process(self.child.id().into())
     }
 }
 

@@ -1,12 +1,14 @@
 //! A world of banger's own for a bench: folders, a daemon, and neither afterwards.
 
-use crate::command::{Captured, capture, command, run};
+use super::machine::Machine;
+use crate::command::{Captured, capture, cargo, command, run};
 use crate::failure::{Failure, Result};
-use crate::layout::target;
+use crate::layout::{root, target};
 use serde_json::Value;
 use std::io::{Read, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,12 +17,29 @@ use std::time::{Duration, Instant};
 /// How long the daemon may take to answer a request.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
+/// An ordinary user's number, whoever has it.
+const USER: u32 = 65_534;
+/// Files up to this size belong to the home; larger ones, which nobody writes to, are linked.
+const OWN_UP_TO: &str = "-4M";
+
 /// A home whose daemon serves the programs in `dist`.
 #[derive(Debug)]
 pub(super) struct Home {
     dist: PathBuf,
+    /// Where programs see it.
     folder: PathBuf,
+    /// Where it is on the disk, if that is elsewhere.
+    shown_from: Option<PathBuf>,
     kept: bool,
+    user: Option<u32>,
+}
+
+/// Who does for a home what only root may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mode {
+    Root,
+    Helper,
+    Rootless,
 }
 
 /// The images that a bench wants beside the default kernel.
@@ -33,28 +52,92 @@ pub(super) enum Images {
 impl Home {
     /// A new home with a running daemon, and with the kernel and the images in it.
     pub(super) fn new(dist: &Path, images: Images) -> Result<Self> {
-        static NUMBER: AtomicUsize = AtomicUsize::new(0);
         end_left_over(dist);
-        let store = fill_store(dist, images)?;
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        fill_store(dist, images)?;
+        let (_, name) = next_name();
         // Not in the folder for temporary files, which is often in memory, where no bench waits for a disk.
-        let name = format!("bench-{}-{number}", std::process::id());
         let home = Self::at(dist, target().join(name), false)?;
-        for part in ["images", "kernels"] {
-            // Nobody writes into an image, so a hard link is as good as a copy.
-            let mut copy = command("cp");
-            copy.arg("-al").arg(store.join(part)).arg(home.data());
-            succeed(&mut copy)?;
-        }
+        home.take_images()?;
         home.succeed(&["daemon", "start"])?;
         Ok(home)
+    }
+
+    /// As [`Home::new`], on a machine of the bench's own, in this mode; its VMs are `vmm`, or QEMU. The store must have
+    /// been filled: nothing is fetched from there.
+    pub(super) fn on(machine: &Machine, mode: Mode, vmm: Option<&Path>) -> Result<Self> {
+        let (number, name) = next_name();
+        let folder = target().join(&name);
+        let mut home = Self::at(&machine.dist, folder.clone(), false)?;
+        home.user = (mode != Mode::Root).then_some(USER);
+        home.take_images()?;
+        let shown = machine.show(&folder, &name)?;
+        home.shown_from = Some(std::mem::replace(&mut home.folder, shown));
+        let word = match mode {
+            Mode::Root => "root",
+            Mode::Helper => "helper",
+            Mode::Rootless => "rootless",
+        };
+        // One for each home, since all are there at once.
+        let pool = format!("100.126.{}.0/20", number % 16 * 16);
+        let mut settings = format!(
+            "[network]\npool = \"{pool}\"\nmode = \"{word}\"\n[driver]\nchoice = \"qemu\"\n"
+        );
+        if let Some(vmm) = vmm {
+            let program = home.scratch("vmm")?.join("fake-vmm");
+            // What QEMU has beside it.
+            home.scratch("share/qemu")?;
+            std::fs::copy(vmm, &program)
+                .map_err(Failure::io(format!("cannot copy `{}`", vmm.display())))?;
+            settings.push_str(&format!("qemu = \"{}\"\n", program.display()));
+        }
+        let config = home.scratch("config/banger")?.join("config.toml");
+        std::fs::write(&config, settings)
+            .map_err(Failure::io(format!("cannot write `{}`", config.display())))?;
+        home.give()?;
+        home.succeed(&["daemon", "start"])?;
+        Ok(home)
+    }
+
+    /// Nobody writes into an image, so a hard link is as good as a copy.
+    fn take_images(&self) -> Result<()> {
+        let store = store().join("data/banger");
+        for part in ["images", "kernels"] {
+            let mut copy = command("cp");
+            copy.arg("-al").arg(store.join(part)).arg(self.data());
+            succeed(&mut copy)?;
+        }
+        Ok(())
+    }
+
+    /// Makes everything in it the user's own, but for large images, which the store shares.
+    fn give(&self) -> Result<()> {
+        let Some(user) = self.user else {
+            return Ok(());
+        };
+        let find = || {
+            let mut find = command("find");
+            find.arg(&self.folder);
+            find
+        };
+        let copy = "for file; do cp -p \"$file\" \"$file.own\" && mv \"$file.own\" \"$file\"; done";
+        let mut own = find();
+        own.args(["-type", "f", "-links", "+1", "-size", OWN_UP_TO])
+            .args(["-exec", "sh", "-c", copy, "sh", "{}", "+"]);
+        succeed(&mut own)?;
+        let mut give = find();
+        give.args(["(", "-not", "-type", "f", "-o", "-links", "1", ")"])
+            .args(["-exec", "chown", "-h", &format!("{user}:{user}"), "{}", "+"]);
+        succeed(&mut give)?;
+        Ok(())
     }
 
     fn at(dist: &Path, folder: PathBuf, kept: bool) -> Result<Self> {
         let home = Self {
             dist: dist.to_owned(),
             folder,
+            shown_from: None,
             kept,
+            user: None,
         };
         for below in ["config", "state", "cache", "run", "data/banger"] {
             let below = home.folder.join(below);
@@ -93,9 +176,18 @@ impl Home {
 
     /// `banger` with this home as its world.
     pub(super) fn banger(&self, args: &[&str]) -> Command {
-        let mut banger = command(self.dist.join("banger"));
+        let mut banger = self.program("banger");
+        banger.args(args);
         banger
-            .args(args)
+    }
+
+    /// A program of ours with this home as its world.
+    pub(super) fn program(&self, name: &str) -> Command {
+        let mut program = command(self.dist.join(name));
+        if let Some(user) = self.user {
+            program.uid(user).gid(user).current_dir(&self.folder);
+        }
+        program
             .env("HOME", &self.folder)
             .env("XDG_CONFIG_HOME", self.folder.join("config"))
             .env("XDG_STATE_HOME", self.folder.join("state"))
@@ -103,7 +195,7 @@ impl Home {
             .env("XDG_CACHE_HOME", self.folder.join("cache"))
             .env("XDG_RUNTIME_DIR", self.folder.join("run"))
             .env_remove("BANGER_LIBEXEC");
-        banger
+        program
     }
 
     /// Runs `banger`, which must succeed.
@@ -129,20 +221,30 @@ impl Home {
             .ok_or_else(|| Failure::new("`banger daemon status` names no process"))
     }
 
+    /// The folder itself, which is in the command lines of what runs for it.
+    pub(super) fn folder(&self) -> String {
+        self.folder.display().to_string()
+    }
+
     pub(super) fn socket(&self) -> PathBuf {
         self.folder.join("run/banger/bangerd.sock")
     }
 
     /// Posts `body` to the daemon; its answer must say success. Returns when the last byte of it came.
     pub(super) fn post(&self, path: &str, body: &str) -> Result<()> {
+        self.request("POST", path, body)
+    }
+
+    /// As [`Home::post`], with another method.
+    pub(super) fn request(&self, method: &str, path: &str, body: &str) -> Result<()> {
         let socket = self.socket();
-        let failed = || Failure::io(format!("cannot post {path} to `{}`", socket.display()));
+        let failed = || Failure::io(format!("cannot ask {path} of `{}`", socket.display()));
         let mut stream = UnixStream::connect(&socket).map_err(failed())?;
         stream
             .set_read_timeout(Some(ANSWER_LIMIT))
             .map_err(failed())?;
         let request = format!(
-            "POST {path} HTTP/1.1\r\nHost: banger\r\nConnection: close\r\nContent-Type: application/json\r\n\
+            "{method} {path} HTTP/1.1\r\nHost: banger\r\nConnection: close\r\nContent-Type: application/json\r\n\
              Content-Length: {}\r\n\r\n{body}",
             body.len()
         );
@@ -164,12 +266,37 @@ impl Drop for Home {
         if let Err(failure) = self.succeed(&["daemon", "stop", "--vms"]) {
             eprintln!("{failure}");
         }
-        if !self.kept
-            && let Err(error) = std::fs::remove_dir_all(&self.folder)
-        {
-            eprintln!("error: cannot remove `{}`: {error}", self.folder.display());
+        if self.kept {
+            return;
+        }
+        let mut folder = &self.folder;
+        if let Some(shown_from) = &self.shown_from {
+            let mut hide = command("umount");
+            if let Err(failure) = succeed(hide.arg("--lazy").arg(&self.folder)) {
+                eprintln!("{failure}");
+            }
+            folder = shown_from;
+        }
+        if let Err(error) = std::fs::remove_dir_all(folder) {
+            eprintln!("error: cannot remove `{}`: {error}", folder.display());
         }
     }
+}
+
+/// A number that no other home of this bench has, and the name that goes with it.
+fn next_name() -> (usize, String) {
+    static NUMBER: AtomicUsize = AtomicUsize::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    (number, format!("bench-{}-{number}", std::process::id()))
+}
+
+/// What stands for a VMM where its guest does not matter: it answers as QEMU does, at once.
+pub(super) fn scripted_vmm() -> Result<PathBuf> {
+    run(cargo()
+        .current_dir(root())
+        .args(["build", "--release", "--locked", "--workspace"])
+        .args(["--bin", "fake-vmm"]))?;
+    Ok(target().join("release/fake-vmm"))
 }
 
 /// Ends the worlds of benches that were broken off.
@@ -202,8 +329,8 @@ pub(super) fn store() -> PathBuf {
     target().join("bench-store")
 }
 
-/// Makes what is missing in the store. Returns the folder that holds `images` and `kernels`.
-fn fill_store(dist: &Path, images: Images) -> Result<PathBuf> {
+/// Makes what is missing in the store.
+pub(super) fn fill_store(dist: &Path, images: Images) -> Result<()> {
     let store = Home::at(dist, store(), true)?;
     run(&mut store.banger(&["kernel", "import"]))?;
     let built: &[&[&str]] = match images {
@@ -213,7 +340,7 @@ fn fill_store(dist: &Path, images: Images) -> Result<PathBuf> {
     for options in built {
         run(&mut store.banger(&[&["image", "build"], *options].concat()))?;
     }
-    Ok(store.data())
+    Ok(())
 }
 
 /// Runs a command that must succeed, and gives what it said.

@@ -31,12 +31,13 @@ impl Row {
             .at_most_more
             .map(|more| format!(", ≤ +{:.0} ms", more * 1000.0))
             .unwrap_or_default();
+        let (scale, unit) = scale(summary.ours.median);
         Self {
             name: name.to_owned(),
-            ours: milliseconds(summary.ours.median),
-            theirs: milliseconds(summary.theirs.median),
+            ours: time(summary.ours.median),
+            theirs: time(summary.theirs.median),
             ratio: spread(summary.ratio, 1.0, 2),
-            more: format!("{} ms", spread(summary.difference, 1000.0, 1)),
+            more: format!("{} {unit}", spread(summary.difference, scale, 1)),
             target: format!("≤ {:.2}{more}", target.at_most),
             verdict: summary.verdict(target, least_pairs).word(),
         }
@@ -81,7 +82,7 @@ impl Row {
     /// Of what there is nothing to compare with, and why; `ours` is in seconds.
     pub(super) fn without_other(name: &str, ours: f64, why: &str) -> Self {
         Self {
-            ours: milliseconds(ours),
+            ours: time(ours),
             theirs: why.to_owned(),
             verdict: Verdict::Undecided.word(),
             ..Self::failed(name)
@@ -114,8 +115,19 @@ impl Row {
     }
 }
 
-fn milliseconds(seconds: f64) -> String {
-    format!("{:.1} ms", seconds * 1000.0)
+/// A time in the unit that suits it.
+fn time(seconds: f64) -> String {
+    let (scale, unit) = scale(seconds);
+    format!("{:.1} {unit}", seconds * scale)
+}
+
+/// What seconds are multiplied with, and what they are called then.
+fn scale(seconds: f64) -> (f64, &'static str) {
+    if seconds.abs() < 0.001 {
+        (1e6, "µs")
+    } else {
+        (1e3, "ms")
+    }
 }
 
 fn spread(spread: Spread, scale: f64, digits: usize) -> String {
