@@ -34,7 +34,7 @@ pub fn run() -> ExitCode {
             );
         }
     };
-    let (machine, _watch) = match start::start(launch, descriptors) {
+    let (machine, watch) = match start::start(launch, descriptors) {
         Ok(started) => started,
         Err(failure) => return refuse(failure.error, failure.stderr),
     };
@@ -46,7 +46,7 @@ pub fn run() -> ExitCode {
     // Nobody may be listening any more: the VM runs all the same, and is found by its lock and socket.
     let _ = launch::answer(rustix::stdio::stdin(), &running);
     start::detach_stdin();
-    machine.serve()
+    machine.serve(watch)
 }
 
 fn refuse(error: String, stderr: String) -> ExitCode {

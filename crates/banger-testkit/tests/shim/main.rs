@@ -270,6 +270,52 @@ fn a_launched_vmm_answers_becomes_ready_and_its_boot_is_timed() {
     vm.wait_console("fake login:");
 }
 
+/// What descriptors of a process are, as `/proc` writes it.
+fn descriptors(pid: u32) -> Vec<String> {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let links = entries
+        .flatten()
+        .filter_map(|entry| entry.path().read_link().ok());
+    links.map(|link| link.display().to_string()).collect()
+}
+
+#[test]
+fn a_vm_that_runs_takes_no_inotify_instance_of_which_a_user_has_few() {
+    let (vm, _) = Vm::start("");
+    let (mut client, _) = vm.connect_ready();
+    request(&mut client, Verb::Ping);
+    let shim = vm.shim.as_ref().unwrap().id();
+    let open = descriptors(shim);
+    assert!(
+        !open.iter().any(|link| link.contains("inotify")),
+        "{open:?}"
+    );
+}
+
+#[test]
+fn a_vmm_starts_where_the_user_has_no_inotify_instance_left() {
+    use std::os::unix::fs::PermissionsExt;
+    let mut vm = Vm::new("");
+    let program = vm.path("shim-without-inotify");
+    let script = format!(
+        "#!/bin/sh\nexec unshare --user --map-root-user sh -ec \
+         'echo 0 >/proc/sys/user/max_inotify_instances; exec \"$0\"' {}\n",
+        shim_program().display()
+    );
+    std::fs::write(&program, script).unwrap();
+    std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
+    let lock = lock::try_lock(&vm.path("vm.lock")).unwrap();
+    let launch = vm.launch(vm.plan(), vec![Descriptor::Lock]);
+    let waiting = launch::spawn(&program).unwrap();
+    let (launched, child) = waiting.launch(&launch, &[lock.as_fd()]).unwrap();
+    vm.shim = child;
+    drop(lock);
+    assert!(matches!(launched, Launched::Running { .. }), "{launched:?}");
+    let (mut client, _) = vm.connect_ready();
+    request(&mut client, Verb::Shutdown);
+    assert_eq!(vm.wait_exit().last_event, LastEvent::GuestPoweroff);
+}
+
 #[test]
 fn pause_and_resume_are_seen_by_every_client_and_the_clock_is_set() {
     let (vm, _) = Vm::start("");

@@ -322,8 +322,9 @@ impl Machine {
     }
 
     /// Serves until the VMM has ended.
-    pub(super) fn serve(mut self) -> ExitCode {
+    pub(super) fn serve(mut self, mut watch: Option<OwnedFd>) -> ExitCode {
         loop {
+            let mut greeted = false;
             for source in self.wait() {
                 match source {
                     Source::Child => return self.finish(),
@@ -341,6 +342,7 @@ impl Machine {
                     Source::Listener => {
                         let status = self.status();
                         self.clients.accept(&status);
+                        greeted = true;
                     }
                     Source::Client(key) => {
                         for command in self.clients.read(key) {
@@ -353,6 +355,10 @@ impl Machine {
             let status = self.status();
             let changed = std::mem::take(&mut self.changed);
             self.clients.catch_up(&status, changed);
+            if greeted {
+                // Whoever waited for the start has the answer now. A user may have only so many of these.
+                drop(watch.take());
+            }
         }
     }
 

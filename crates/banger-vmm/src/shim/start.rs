@@ -27,8 +27,10 @@ use std::time::{Duration, Instant};
 const LIFE_LIMIT: Duration = Duration::from_secs(15);
 /// How long a VMM that refused may take to end and to say why.
 const REFUSAL_LIMIT: Duration = Duration::from_secs(1);
-/// When to try again where a socket is there but nobody listens yet: this moment has no event.
-const CONNECT_RETRY: Duration = Duration::from_millis(10);
+/// When to try again where a socket is there but nobody listens yet: this moment has no event, and is short.
+const CONNECT_RETRY: Duration = Duration::from_micros(200);
+/// The same where nobody tells that a socket appears.
+const UNTOLD_RETRY: Duration = Duration::from_millis(5);
 const SEARCH_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Why a VMM was not started. Everything is gone again.
@@ -51,11 +53,11 @@ fn failed<E: Display>(what: impl Display) -> impl FnOnce(E) -> Failure {
 }
 
 /// Starts the VMM of `launch`. Also gives the watch of its run folder: the kernel takes milliseconds to close one, and
-/// somebody waits, so it is kept for as long as the VM runs.
+/// somebody waits, so that comes later.
 pub(super) fn start(
     launch: Launch,
     descriptors: Vec<OwnedFd>,
-) -> Result<(Machine, OwnedFd), Failure> {
+) -> Result<(Machine, Option<OwnedFd>), Failure> {
     // A session of its own: no terminal's signal reaches it. It fails only where there is one already.
     let _ = rustix::process::setsid();
     rustix::process::umask(Mode::from_raw_mode(0o077));
@@ -81,7 +83,8 @@ pub(super) fn start(
     let agent = Agent::prepare(&launch.control).map_err(failed("cannot listen for the agent"))?;
     let pipes = Pipes::make(&launch.control, &launch.metrics)
         .map_err(failed("cannot make the VMM's pipes"))?;
-    let watch = watch(&folder).map_err(failed(format!("cannot watch `{}`", folder.display())))?;
+    // A user may have only so many, of all programs together. Without one the socket is looked for again and again.
+    let watch = watch(&folder).ok();
 
     let started = Instant::now();
     let (child, applied) = match spawn(&launch, entered) {
@@ -104,7 +107,7 @@ pub(super) fn start(
     let child = Sandboxed { child, applied };
     let mut machine = Machine::new(launch, child, started, files, control, agent, clients)
         .map_err(failed("cannot watch the VMM"))?;
-    match prove_life(&mut machine, &watch, started) {
+    match prove_life(&mut machine, watch.as_ref(), started) {
         Ok(()) => Ok((machine, watch)),
         Err(error) => Err(machine.abandon(error)),
     }
@@ -207,7 +210,11 @@ fn watch(folder: &Path) -> rustix::io::Result<OwnedFd> {
 }
 
 /// Waits until the VMM answers.
-fn prove_life(machine: &mut Machine, watch: &OwnedFd, started: Instant) -> Result<(), String> {
+fn prove_life(
+    machine: &mut Machine,
+    watch: Option<&OwnedFd>,
+    started: Instant,
+) -> Result<(), String> {
     let program = machine.program();
     let mut connected = Connected::Absent;
     let mut limit_at = started + LIFE_LIMIT;
@@ -231,13 +238,12 @@ fn prove_life(machine: &mut Machine, watch: &OwnedFd, started: Instant) -> Resul
         }
         let limit = match connected {
             Connected::Refused => left.min(CONNECT_RETRY),
-            _ => left,
+            Connected::Absent if watch.is_none() => left.min(UNTOLD_RETRY),
+            Connected::Absent | Connected::Yes => left,
         };
-        let ready = {
-            let mut polled = vec![
-                PollFd::new(&machine.pidfd, PollFlags::IN),
-                PollFd::new(watch, PollFlags::IN),
-            ];
+        let ended = {
+            let mut polled = vec![PollFd::new(&machine.pidfd, PollFlags::IN)];
+            polled.extend(watch.map(|watch| PollFd::new(watch, PollFlags::IN)));
             if let Some((control, _)) = machine.control.interest() {
                 polled.push(PollFd::from_borrowed_fd(control, PollFlags::IN));
             }
@@ -248,14 +254,14 @@ fn prove_life(machine: &mut Machine, watch: &OwnedFd, started: Instant) -> Resul
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(format!("cannot wait for `{program}`: {error}")),
             }
-            let ready = |index: usize| !polled[index].revents().is_empty();
-            (ready(0), ready(1))
+            !polled[0].revents().is_empty()
         };
         machine.read_outputs();
-        if ready.0 {
+        if ended {
             return Err(machine.ended_early());
         }
-        if ready.1 {
+        if let Some(watch) = watch {
+            // It does not block, and mostly there is nothing.
             let mut events = [0; 4096];
             let _ = rustix::io::read(watch, &mut events);
         }
