@@ -5,7 +5,6 @@
 
 mod config;
 mod convert;
-mod crash;
 mod create;
 mod doctor;
 mod drivers;
@@ -33,4 +32,5 @@ mod trash;
 mod vm;
 mod world;
 
+use banger_host::crash;
 pub use lifecycle::main;

@@ -60,19 +60,22 @@ pub fn enter(user_namespace: bool) -> Result<(), EnterError> {
 /// # Errors
 /// A file names no namespace, or the kernel refuses.
 pub fn join(network: &Path, user: Option<&Path>) -> Result<(), EnterError> {
-    let enter = |path: &Path, kind| {
-        let refused = |source| EnterError::Refused {
-            what: "enter the namespace of a network that lost its keeper",
-            source,
-        };
-        let file = std::fs::File::open(path).map_err(refused)?;
+    let refused = |source| EnterError::Refused {
+        what: "enter the namespace of a network that lost its keeper",
+        source,
+    };
+    let open = |path: &Path| std::fs::File::open(path).map_err(refused);
+    // Both at first: from inside of the user namespace the files of processes outside are out of reach.
+    let network = open(network)?;
+    let user = user.map(open).transpose()?;
+    let enter = |file: &std::fs::File, kind| {
         rustix::thread::move_into_link_name_space(file.as_fd(), Some(kind))
             .map_err(|errno| refused(errno.into()))
     };
-    if let Some(user) = user {
+    if let Some(user) = &user {
         enter(user, LinkNameSpaceType::User)?;
     }
-    enter(network, LinkNameSpaceType::Network)
+    enter(&network, LinkNameSpaceType::Network)
 }
 
 #[expect(

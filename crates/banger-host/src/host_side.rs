@@ -16,6 +16,7 @@ pub use client::{HELPER_SOCKET, HelperClient, HelperError};
 pub use host::{Caller, Host, Keeping, MAX_INSTANCES, Settled};
 pub use ledger::LedgerError;
 
+use crate::crash::{Side, point};
 use crate::net::host::HostOpError;
 use crate::op::{HostAnswer, HostOp};
 use rustix::fd::{BorrowedFd, OwnedFd};
@@ -67,9 +68,16 @@ impl HostSide {
         op: &HostOp,
         descriptors: &[BorrowedFd<'_>],
     ) -> Result<(HostAnswer, Vec<OwnedFd>), HostOpError> {
-        match self {
+        let perform = || match self {
             Self::InProcess(host) => host.perform(Caller::this_process(), op, descriptors),
             Self::Helper(client) => Ok(client.request(op, descriptors)?),
+        };
+        if !op.changes_something() {
+            return perform();
         }
+        point("host", op.name(), Side::Before);
+        let performed = perform();
+        point("host", op.name(), Side::After);
+        performed
     }
 }

@@ -1,5 +1,6 @@
 //! Host effects: the only crate, beside the VMM drivers, that touches the machine. All of it is synchronous.
 
+pub mod crash;
 pub mod exec;
 pub mod host_side;
 pub mod net;

@@ -165,6 +165,22 @@ impl NamespaceOp {
             Self::Counters => "counters",
         }
     }
+
+    /// Whether it may leave anything in the namespace other than it was.
+    pub const fn changes_something(&self) -> bool {
+        !matches!(
+            self,
+            Self::Hello
+                | Self::Keepalive
+                | Self::Namespaces
+                | Self::ListPorts
+                | Self::Connect { .. }
+                | Self::ListNat
+                | Self::ListJoins
+                | Self::ListPublished
+                | Self::Counters
+        )
+    }
 }
 
 /// One message to `banger-netns`.

@@ -107,8 +107,7 @@ impl TestEnv {
     /// # Panics
     /// As [`TestEnv::scripted`].
     pub fn with(test: &str, options: &Options) -> Option<Self> {
-        let libexec =
-            variable("BANGER_LIBEXEC").unwrap_or_else(|| build_folder().join("dist-debug"));
+        let libexec = programs();
         let fixtures =
             variable("BANGER_TEST_FIXTURES").unwrap_or_else(|| build_folder().join("fixtures"));
         for (path, how) in [
@@ -461,11 +460,18 @@ impl TestEnv {
 
     /// The ports in the instance's namespace; none if there is no namespace.
     pub fn taps(&self) -> Vec<String> {
+        self.keeper().map(host::taps).unwrap_or_default()
+    }
+
+    /// The process that keeps the instance's namespace, if there is one: not the one that holds a way out, which is
+    /// the same program.
+    pub fn keeper(&self) -> Option<i32> {
+        let outside = std::fs::read_link("/proc/thread-self/ns/net").ok();
+        let inside = |pid: &i32| {
+            std::fs::read_link(format!("/proc/{pid}/ns/net")).is_ok_and(|own| Some(own) != outside)
+        };
         let keepers = self.host().running("banger-netns");
-        keepers
-            .first()
-            .map(|pid| host::taps(*pid))
-            .unwrap_or_default()
+        keepers.into_iter().find(inside)
     }
 
     /// Ends everything, whatever state it is in. What was left is answered as text.
@@ -476,6 +482,11 @@ impl TestEnv {
             if output.status != 0 {
                 problems.push(format!("daemon stop: {}", output.stderr));
             }
+        }
+        // What holds an ordinary user's way out ends by itself, a moment after the keeper.
+        let holders = self.host().running("banger-netns");
+        for holder in holders.iter().filter(|_| self.user.is_some()) {
+            wait_exit(*holder, LIMIT / 10);
         }
         let mut left = self.host();
         let state = self.state.display().to_string();
@@ -543,6 +554,11 @@ fn take_pool() -> (Ipv4Addr, UnixListener) {
         .expect("fewer than 32 worlds at a time")
 }
 
+/// The folder of the project's programs, as root has it.
+pub fn programs() -> PathBuf {
+    variable("BANGER_LIBEXEC").unwrap_or_else(|| build_folder().join("dist-debug"))
+}
+
 fn variable(name: &str) -> Option<PathBuf> {
     std::env::var_os(name).map(PathBuf::from)
 }
@@ -555,7 +571,7 @@ fn build_folder() -> PathBuf {
         .map_or_else(|| PathBuf::from("target"), Path::to_owned)
 }
 
-fn on_path(program: &str) -> bool {
+pub(crate) fn on_path(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
 }

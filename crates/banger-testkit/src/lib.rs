@@ -2,5 +2,6 @@
 
 pub mod env;
 pub mod host;
+pub mod machine;
 pub mod run;
 pub mod skip;

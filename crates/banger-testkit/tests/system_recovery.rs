@@ -3,6 +3,7 @@
 use banger_testkit::env::TestEnv;
 use banger_testkit::host::Host;
 use banger_testkit::run::{LIMIT, eventually, signal, wait_exit};
+use banger_testkit::skip::skip;
 use rustix::process::Signal;
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -394,4 +395,117 @@ fn a_folder_that_is_removed_while_its_vm_runs_ends_as_stopped() {
     env.vm_becomes("otter", "stopped", |vm| vm["phase"]["state"] == "stopped");
     env.ok(&["vm", "delete", "--purge", "otter"]);
     assert_eq!(env.vms(), Vec::<Value>::new());
+}
+
+/// What stands between the daemon and the clock of the host: it adds the seconds that a file says.
+const CLOCK: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    static int (*real)(clockid_t, struct timespec *);
+    if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
+    int failed = real(clock, now);
+    const char *path = getenv("TEST_CLOCK");
+    FILE *file = path && !failed && clock == CLOCK_REALTIME ? fopen(path, "r") : NULL;
+    long seconds = 0;
+    if (file) {
+        if (fscanf(file, "%ld", &seconds) == 1) now->tv_sec += seconds;
+        fclose(file);
+    }
+    return failed;
+}
+"#;
+
+#[test]
+#[ignore = "system test"]
+fn a_clock_that_is_set_back_or_forward_costs_no_vm_and_empties_no_trash() {
+    let test = "a_clock_that_is_set_back_or_forward_costs_no_vm_and_empties_no_trash";
+    let Some(env) = TestEnv::scripted(test, "") else {
+        return;
+    };
+    let (source, library) = (env.folder().join("clock.c"), env.folder().join("clock.so"));
+    std::fs::write(&source, CLOCK).unwrap();
+    #[expect(clippy::disallowed_methods, reason = "makes what the test needs")]
+    let compiled = std::process::Command::new("cc")
+        .args(["-shared", "-fPIC", "-o"])
+        .args([&library, &source])
+        .status();
+    if !compiled.is_ok_and(|status| status.success()) {
+        skip(test, "there is no C compiler for a clock of the test's own");
+        return;
+    }
+    let clock = env.folder().join("clock");
+    let text = |path: &std::path::Path| path.display().to_string();
+    let (library, path) = (text(&library), text(&clock));
+    let variables = [("LD_PRELOAD", library.as_str()), ("TEST_CLOCK", &path)];
+    let ok = |args: &[&str]| {
+        let output = env.banger_with(&variables, args);
+        assert_eq!(
+            output.status,
+            0,
+            "{args:?}: {output:?}\n{}",
+            env.daemon_log()
+        );
+        output.stdout
+    };
+    let json = |args: &[&str]| -> Value {
+        serde_json::from_str(&ok(&[args, &["--json"]].concat())).unwrap()
+    };
+    let create = |name| {
+        let create = ["vm", "create", "--wait", "--image", "tiny", "--memory"];
+        json(&[&create[..], &["128", "--name", name]].concat())
+    };
+    let names = |list: &[&str]| -> Vec<String> {
+        let vms = json(&[&["vm", "list"], list].concat());
+        let vms = vms.as_array().unwrap().iter();
+        vms.map(|vm| vm["name"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let year = |vm: &Value| -> u32 { vm["created_at"].as_str().unwrap()[..4].parse().unwrap() };
+
+    std::fs::write(&clock, "0").unwrap();
+    create("otter");
+    create("owl");
+    ok(&["vm", "delete", "--force", "owl"]);
+    for days in [-800, 800] {
+        let otter = json(&["vm", "show", "otter"]);
+        // While the daemon runs, and then for one that has never seen another time.
+        std::fs::write(&clock, format!("{}", i64::from(days) * 86_400)).unwrap();
+        for restart in [false, true] {
+            if restart {
+                ok(&["daemon", "stop"]);
+            }
+            assert_eq!(names(&[]), ["otter"], "{days} {restart}");
+            assert_eq!(names(&["--trash"]), ["owl"], "{days} {restart}");
+            let now = json(&["vm", "show", "otter"]);
+            assert_eq!(now["attempt"]["vmm_pid"], otter["attempt"]["vmm_pid"]);
+            // It really is another time.
+            let fox = create("fox");
+            assert!(year(&fox).abs_diff(year(&otter)) >= 2, "{fox}");
+            ok(&["vm", "pause", "fox"]);
+            ok(&["vm", "resume", "fox"]);
+            ok(&["vm", "stop", "fox"]);
+            ok(&["vm", "start", "fox", "--wait"]);
+            ok(&["vm", "why", "fox"]);
+            ok(&["vm", "delete", "--force", "fox"]);
+            ok(&["vm", "undelete", "fox"]);
+            ok(&["vm", "delete", "--purge", "fox"]);
+        }
+        ok(&["vm", "restart", "otter"]);
+        std::fs::write(&clock, "0").unwrap();
+        ok(&["vm", "stop", "otter"]);
+        ok(&["vm", "start", "otter", "--wait"]);
+        assert_eq!(names(&["--trash"]), ["owl"]);
+        let otter = json(&["vm", "show", "otter"]);
+        assert_eq!(otter["phase"]["state"], "running", "{otter}");
+        ok(&["vm", "undelete", "owl"]);
+        ok(&["vm", "delete", "owl"]);
+    }
+    ok(&["vm", "delete", "--force", "--purge", "otter"]);
+    ok(&["vm", "delete", "--purge", "owl"]);
+    ok(&["daemon", "stop"]);
+    assert_eq!(env.host(), Host::default());
 }

@@ -587,7 +587,9 @@ impl Actor {
         let namespace = self.prepare()?;
         namespace.look()?;
         self.way_out = WayOut::Closed;
-        for plan in self.plans.clone().into_values() {
+        let plans: Vec<PortPlan> = self.plans.values().cloned().collect();
+        // All ports first: joins are between two of them.
+        for plan in &plans {
             if let Some(namespace) = &self.namespace {
                 namespace
                     .keeper
@@ -596,6 +598,8 @@ impl Actor {
             if !before.contains(&plan.tap()) {
                 done.push(format!("made the port {}", plan.tap()));
             }
+        }
+        for plan in plans {
             for (_, problem) in self.open(&plan) {
                 tracing::warn!(error = error_chain(&problem), "not repaired");
             }

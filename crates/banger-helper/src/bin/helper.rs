@@ -30,6 +30,7 @@ fn main() -> ExitCode {
     };
     let variable = |name| std::env::var(name).ok();
     let (listen_pid, listen_fds) = (variable("LISTEN_PID"), variable("LISTEN_FDS"));
+    banger_host::crash::remember();
     confine::clear_environment();
     warnings::to_stderr();
     match run(options, listen_pid.as_deref(), listen_fds.as_deref()) {

@@ -69,7 +69,7 @@ impl HelperClient {
         Ok(client)
     }
 
-    /// Does `op` with its descriptors, within a minute.
+    /// Does `op` with its descriptors, within a minute; once more if the helper dies in the middle of it.
     ///
     /// # Errors
     /// The helper is gone, or the operation failed or was refused.
@@ -83,12 +83,16 @@ impl HelperClient {
             source,
         };
         let message = serde_json::to_vec(&HostRequest { op: op.clone() }).map_err(bad)?;
-        let (bytes, handed_out) =
-            self.exchange(&message, descriptors)
-                .map_err(|source| HelperError::Unreachable {
-                    socket: self.socket.clone(),
-                    source,
-                })?;
+        let exchanged = match self.exchange(&message, descriptors) {
+            // It died before it answered. Every operation measures first, so another helper goes on where this one
+            // was; what has half been done would else stay so.
+            Err(error) if is_broken_off(&error) => self.exchange(&message, descriptors),
+            exchanged => exchanged,
+        };
+        let (bytes, handed_out) = exchanged.map_err(|source| HelperError::Unreachable {
+            socket: self.socket.clone(),
+            source,
+        })?;
         let reply: HostReply = serde_json::from_slice(&bytes).map_err(bad)?;
         match reply.result {
             Ok(answer) => Ok((answer, handed_out)),
@@ -119,6 +123,10 @@ impl HelperClient {
         };
         received?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     }
+}
+
+fn is_broken_off(error: &io::Error) -> bool {
+    is_hung_up(error) || error.kind() == io::ErrorKind::UnexpectedEof
 }
 
 fn is_hung_up(error: &io::Error) -> bool {

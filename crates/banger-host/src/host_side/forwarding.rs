@@ -2,6 +2,7 @@
 //! they were before is remembered and put back.
 
 use super::ledger::{Ledger, Lent};
+use crate::crash::step;
 use crate::net::host::HostOpError;
 use crate::net::links::Link;
 use std::collections::{BTreeMap, BTreeSet};
@@ -34,11 +35,11 @@ pub(super) fn set(device: &str, on: bool) -> Result<(), HostOpError> {
     if read(device)?.is_none_or(|is| is == on) {
         return Ok(());
     }
-    std::fs::write(path(device), if on { "1" } else { "0" }).map_err(|source| {
-        HostOpError::Setting {
-            path: path(device),
-            source,
-        }
+    let text = if on { "1" } else { "0" };
+    let written = step("forward", || std::fs::write(path(device), text));
+    written.map_err(|source| HostOpError::Setting {
+        path: path(device),
+        source,
     })
 }
 

@@ -7,6 +7,7 @@ use super::ledger::{Ledger, Record, TableMark};
 use super::table::{self, Contents, Tables};
 use super::tag::Tag;
 use super::{closed, descriptor, forwarding, resolved, veth};
+use crate::crash::{operation, step};
 use crate::net::host::HostOpError;
 use crate::net::links::{Link, Links};
 use crate::net::resolver_starts::ResolverStarts;
@@ -101,6 +102,7 @@ impl Host {
             });
         }
         let tag = |instance: &InstanceId| Tag::new(caller, *instance);
+        operation(op.name());
         let answer = match op {
             HostOp::Hello {} => HostAnswer::Hello {
                 pid: rustix::process::getpid().as_raw_nonzero().get(),
@@ -341,7 +343,8 @@ impl Work {
     fn detach(&mut self, tag: Tag) -> Result<(), HostOpError> {
         self.record(tag)?;
         if veth::find(&mut self.links, tag)?.is_some() {
-            self.links.delete(&tag.instance.veth_name())?;
+            let name = tag.instance.veth_name();
+            step("remove-veth", || self.links.delete(&name))?;
         }
         self.tables.delete(&table::name(tag.instance))?;
         self.ledger.forget(tag.instance)?;
@@ -389,7 +392,8 @@ impl Work {
             });
         }
         let link = tag.instance.veth_name();
-        let report = resolved::route(&link, pool.guests(), dns).map_err(HostOpError::Resolved)?;
+        let report = step("resolver", || resolved::route(&link, pool.guests(), dns))
+            .map_err(HostOpError::Resolved)?;
         if record.dns != Some(dns) {
             record.dns = Some(dns);
             self.ledger.save(&record)?;

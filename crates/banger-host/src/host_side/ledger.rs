@@ -2,6 +2,7 @@
 //! that forward for our sake. In `/run`, so that it goes with the objects at a reboot.
 
 use super::tag::Tag;
+use crate::crash::step;
 use banger_core::addr::Pool;
 use banger_core::id::InstanceId;
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -154,10 +155,16 @@ impl Ledger {
     }
 
     pub(super) fn save(&self, record: &Record) -> Result<(), LedgerError> {
-        self.write(&self.record_path(record.instance), record)
+        step("record", || {
+            self.write(&self.record_path(record.instance), record)
+        })
     }
 
     pub(super) fn forget(&self, instance: InstanceId) -> Result<(), LedgerError> {
+        step("forget", || self.remove(instance))
+    }
+
+    fn remove(&self, instance: InstanceId) -> Result<(), LedgerError> {
         let record = self.record_path(instance);
         for path in [partial(&record), record] {
             match std::fs::remove_file(&path) {
@@ -176,7 +183,7 @@ impl Ledger {
     }
 
     pub(super) fn save_lent(&self, lent: &BTreeMap<String, Lent>) -> Result<(), LedgerError> {
-        self.write(&self.folder.join(FORWARDING), lent)
+        step("lent", || self.write(&self.folder.join(FORWARDING), lent))
     }
 
     /// Replaces a file as a whole. No fsync: the folder does not outlive the kernel.

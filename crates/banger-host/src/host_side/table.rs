@@ -1,6 +1,7 @@
 //! An instance's table in the host's packet filter.
 
 use super::tag::Tag;
+use crate::crash::step;
 use crate::exec::Run;
 use crate::net::links::NetlinkError;
 use crate::net::nft::NftError;
@@ -77,12 +78,11 @@ impl Tables {
 
     /// Loads the table in one transaction, in place of what was there.
     pub(super) fn load(&mut self, contents: Contents<'_>) -> Result<(), NftError> {
-        Run::new("nft")
+        let load = Run::new("nft")
             .args(["-f", "-"])
             .stdin(script(contents))
-            .timeout(LOAD_TIMEOUT)
-            .run()
-            .map_err(NftError::Load)?;
+            .timeout(LOAD_TIMEOUT);
+        step("load-table", || load.run()).map_err(NftError::Load)?;
         Ok(())
     }
 
@@ -157,7 +157,8 @@ impl Tables {
     /// Removes the table; no error if it is gone.
     pub(super) fn delete(&mut self, table: &str) -> Result<(), NetlinkError> {
         let what = format!("remove table `{table}`");
-        match self.delete_raw(table).map_err(NetlinkError::new(what)) {
+        let deleted = step("remove-table", || self.delete_raw(table));
+        match deleted.map_err(NetlinkError::new(what)) {
             Err(error) if error.errno() == Some(Errno::NOENT) => Ok(()),
             deleted => deleted,
         }

@@ -1,6 +1,7 @@
 //! The veth between the host and an instance's namespace.
 
 use super::tag::Tag;
+use crate::crash::step;
 use crate::net::host::HostOpError;
 use crate::net::links::{Address, HALF, Link, Links, Route, TABLE_MAIN};
 use crate::net::namespace::set_sysctl;
@@ -114,13 +115,15 @@ pub(super) fn ensure(
             links.delete(&name)?;
         }
         in_namespace(namespace, || Links::new().delete(UPLINK))??;
-        links.create_veth(&name, UNFINISHED, UPLINK, namespace)?;
+        step("make-veth", || {
+            links.create_veth(&name, UNFINISHED, UPLINK, namespace)
+        })?;
     }
     let vanished = || HostOpError::Vanished(name.clone());
     let veth = links.find(&name)?.ok_or_else(vanished)?;
     let words = tag.to_string();
     if veth.alias.as_ref() != Some(&words) {
-        links.set_alias(veth.index, &words)?;
+        step("tag-veth", || links.set_alias(veth.index, &words))?;
     }
     // No address of its own making. Without IPv6 in the kernel there is nothing to switch off.
     let _ = set_sysctl(
@@ -129,11 +132,12 @@ pub(super) fn ensure(
             .join("disable_ipv6"),
         "1",
     );
-    links.ensure_address(Address {
+    let address = Address {
         link: veth.index,
         address: pool.host(),
         prefix: 32,
-    })?;
+    };
+    step("address", || links.ensure_address(address))?;
     Ok(veth)
 }
 
@@ -143,15 +147,16 @@ pub(super) fn ensure(
 /// The kernel refuses.
 pub(super) fn enable(links: &mut Links, veth: &Link, pool: Pool) -> Result<(), HostOpError> {
     if !veth.up {
-        links.set_up(veth.index, true)?;
+        step("enable-veth", || links.set_up(veth.index, true))?;
     }
-    Ok(links.ensure_route(&Route {
+    let route = Route {
         table: TABLE_MAIN,
         destination: pool.guests(),
         link: Some(veth.index),
         gateway: Some(pool.uplink()),
         source: Some(pool.host()),
-    })?)
+    };
+    Ok(step("route", || links.ensure_route(&route))?)
 }
 
 /// Whether link `peer` of `namespace` is the namespace's uplink and the other end of our link `index`.

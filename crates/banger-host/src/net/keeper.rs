@@ -1,6 +1,7 @@
 //! The client's side of `banger-netns`, the small process that lives in the instance's network namespace.
 
 use super::seqpacket::{self, Place};
+use crate::crash::{Side, point};
 use crate::exec::timespec;
 use crate::op::{NamespaceAnswer, NamespaceOp, NamespaceReply, NamespaceRequest};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -97,7 +98,9 @@ impl Keeper {
         if user_namespace {
             args.push(OsStr::new("--user-namespace"));
         }
+        point("keeper", "spawn", Side::Before);
         start(program, &args)?;
+        point("keeper", "spawn", Side::After);
         Self::connect(socket)
     }
 
@@ -159,7 +162,7 @@ impl Keeper {
             NamespaceOp::Connect { timeout_ms, .. } => Duration::from_millis((*timeout_ms).into()),
             _ => Duration::ZERO,
         };
-        let operation = op.name();
+        let (operation, changes) = (op.name(), op.changes_something());
         let unreachable = |source| KeeperError::Unreachable {
             socket: self.socket.clone(),
             source,
@@ -169,13 +172,19 @@ impl Keeper {
             source,
         };
         let message = serde_json::to_vec(&NamespaceRequest { op }).map_err(bad)?;
-        let (bytes, descriptors) = self
-            .exchange(
-                &message,
-                descriptors,
-                Instant::now() + own + REQUEST_TIMEOUT,
-            )
-            .map_err(unreachable)?;
+        let exchange = || {
+            let deadline = Instant::now() + own + REQUEST_TIMEOUT;
+            self.exchange(&message, descriptors, deadline)
+        };
+        let exchanged = if changes {
+            point("keeper", operation, Side::Before);
+            let exchanged = exchange();
+            point("keeper", operation, Side::After);
+            exchanged
+        } else {
+            exchange()
+        };
+        let (bytes, descriptors) = exchanged.map_err(unreachable)?;
         let reply: NamespaceReply = serde_json::from_slice(&bytes).map_err(bad)?;
         match reply.result {
             Ok(answer) => Ok((answer, descriptors)),

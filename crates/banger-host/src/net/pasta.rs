@@ -1,6 +1,7 @@
 //! The way out of an ordinary user's namespace: `pasta` of the passt project.
 
 use super::keeper::{self, Keeper, KeeperError};
+use crate::crash::{Side, point};
 use crate::exec::{ExecError, Run};
 use crate::op::{NamespaceAnswer, NamespaceOp};
 use std::ffi::OsStr;
@@ -56,10 +57,12 @@ pub fn ensure(keeper: &Keeper, helper: &Path, pasta: &Path) -> Result<(), PastaE
         OsStr::new("--pasta"),
         pasta.as_os_str(),
     ];
+    point("way-out", "pasta", Side::Before);
     keeper::start(helper, &args).map_err(|error| match error {
         KeeperError::NotReady { why } => PastaError::Failed { why },
         error => PastaError::Keeper(error),
     })?;
+    point("way-out", "pasta", Side::After);
     if is_ready(keeper)? {
         Ok(())
     } else {

@@ -113,6 +113,14 @@ impl HostOp {
         }
     }
 
+    /// Whether it may leave anything other than it was.
+    pub const fn changes_something(&self) -> bool {
+        !matches!(
+            self,
+            Self::Hello {} | Self::SnapshotStatus { .. } | Self::ListOwned {}
+        )
+    }
+
     /// How many descriptors come with it.
     pub const fn descriptors(&self) -> usize {
         match self {

@@ -1,0 +1,162 @@
+//! What the kernel sees is what the records explain.
+
+use super::place::Place;
+use super::published;
+use banger_testkit::env::TestEnv;
+use banger_testkit::host::openers;
+use banger_testkit::machine::{Mode, ledger, sh};
+use banger_testkit::run::{LIMIT, eventually};
+use serde_json::{Value, json};
+use std::net::TcpStream;
+
+/// The program that runs the VMs of a world.
+fn vmm_program(env: &TestEnv) -> &'static str {
+    if env.folder().join("vmm").exists() {
+        "fake-vmm"
+    } else {
+        "qemu-system-x86_64"
+    }
+}
+
+fn is_running(vm: &Value) -> bool {
+    vm["phase"]["state"] == "running"
+}
+
+/// Processes, files, and the network inside and outside, in a world with this VM or none.
+pub(crate) fn assert_host_is_records(place: &Place, env: &TestEnv, at: &str, vm: Option<&Value>) {
+    let running = vm.filter(|vm| is_running(vm));
+    let shims: Vec<i32> = running
+        .map(|vm| i32::try_from(vm["attempt"]["shim_pid"].as_i64().unwrap()).unwrap())
+        .into_iter()
+        .collect();
+    // One that waited for its launch when the daemon died ends by itself, which takes a moment.
+    let host = eventually("the shims are as recorded", || {
+        let host = env.host();
+        (host.running("banger-shim") == shims).then_some(host)
+    });
+    let vmms = host.running(vmm_program(env));
+    assert_network(place, env, at, vm);
+    let Some(vm) = vm else {
+        assert_eq!(env.vm_folders(), Vec::<String>::new(), "{at}");
+        assert_eq!(vmms, Vec::<i32>::new(), "{at}");
+        return;
+    };
+    let id = vm["id"].as_str().unwrap();
+    assert_eq!(env.vm_folders(), [id], "{at}");
+    let folder = env.vm_folder(id);
+    for name in ["vm.json", "overlay.img", "disk.img"] {
+        assert!(folder.join(name).is_file(), "{at}: no {name}");
+    }
+    if is_running(vm) {
+        let pid = |which: &str| i32::try_from(vm["attempt"][which].as_i64().unwrap()).unwrap();
+        assert_eq!(vmms, [pid("vmm_pid")], "{at}");
+        assert_eq!(openers(&folder.join("overlay.img")), vmms, "{at}");
+    } else {
+        assert_eq!(vmms, Vec::<i32>::new(), "{at}");
+        assert_eq!(
+            openers(&folder.join("overlay.img")),
+            Vec::<i32>::new(),
+            "{at}"
+        );
+        assert!(!folder.join("run").exists(), "{at}: run/ is left");
+    }
+    let ledger = env.json(&["host", "ls"]);
+    for object in ledger.as_array().unwrap() {
+        assert_eq!(object["expected"], true, "{at}: {object}");
+    }
+}
+
+/// Some of it is put right a moment later, by whoever is told of the difference.
+fn assert_network(place: &Place, env: &TestEnv, at: &str, vm: Option<&Value>) {
+    let deadline = std::time::Instant::now() + LIMIT;
+    while let Err(why) = network(place, env, vm) {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "{at}: {why}\n{}",
+            env.daemon_log()
+        );
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+fn equal<T: PartialEq + std::fmt::Debug>(what: &str, is: T, wanted: T) -> Result<(), String> {
+    if is == wanted {
+        Ok(())
+    } else {
+        Err(format!("{what}: {is:?}, not {wanted:?}"))
+    }
+}
+
+fn network(place: &Place, env: &TestEnv, vm: Option<&Value>) -> Result<(), String> {
+    let running = vm.filter(|vm| is_running(vm));
+    let nat = running.is_some_and(|vm| vm["spec"]["nat"] == true);
+    let ports = running.is_some_and(|vm| vm["spec"]["ports"] != json!([]));
+
+    // The host's side: link, routes, table and memory come and go together.
+    let host = env.host();
+    let words = |line: &str, prefix: &str| -> Vec<String> {
+        let text = sh(line);
+        let words = text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+        let mut words: Vec<String> = words
+            .filter(|word| word.starts_with(prefix))
+            .map(str::to_owned)
+            .collect();
+        words.dedup();
+        words
+    };
+    let links = words("ip -j link", "bv");
+    let attached = links.len();
+    match (place.mode, running) {
+        (Mode::Rootless, _) => equal("links of the host", attached, 0)?,
+        (_, Some(_)) => equal("links of the host", attached, 1)?,
+        // As long as the daemon has its namespace.
+        (_, None) => equal("links of the host", attached.min(1), attached)?,
+    }
+    equal("links", &host.links, &links)?;
+    equal("addresses", host.addresses.len(), attached)?;
+    equal("routes", host.routes.is_empty(), attached == 0)?;
+    let tables = words("nft list tables", "banger_");
+    equal("tables of the host", tables.len(), attached)?;
+    let mut remembered = ledger();
+    let lent = remembered.remove("forwarding.json");
+    equal("memory of instances", remembered.len(), attached)?;
+    let forwarded = nat && place.mode != Mode::Rootless;
+    equal("forwarding", place.machine.forwards(), forwarded)?;
+    equal("memory of forwarding", lent.is_some(), forwarded)?;
+    // One program of two names, in one build for each kind of processor.
+    let is_pasta = |name: &str| name.starts_with("passt") || name.starts_with("pasta");
+    let ways_out = host.processes.iter();
+    let ways_out = ways_out
+        .filter(|process| is_pasta(&process.program))
+        .count();
+    match place.mode {
+        // It stays as long as the namespace.
+        Mode::Rootless if nat => equal("ways out", ways_out, 1)?,
+        Mode::Rootless => equal("ways out", ways_out.min(1), ways_out)?,
+        _ => equal("ways out", ways_out, 0)?,
+    }
+
+    // The namespace's side.
+    let tap = |vm: &Value| format!("bt{}", &vm["id"].as_str().unwrap().replace('-', "")[20..]);
+    equal("taps", env.taps(), running.map(tap).into_iter().collect())?;
+    if let Some(keeper) = env.keeper() {
+        let rules = sh(&format!(
+            "nsenter --net=/proc/{keeper}/ns/net nft list ruleset"
+        ));
+        if let Some(vm) = vm {
+            let known = rules.contains(vm["address"].as_str().unwrap());
+            equal("known to the rules", known, running.is_some())?;
+        }
+        let (_, let_out) = rules.split_once("set nat_vms {").unwrap_or_default();
+        let (let_out, _) = let_out.split_once("\n\t}").unwrap_or_default();
+        equal("let out", let_out.contains("elements"), nat)?;
+    } else {
+        equal("there is a keeper", false, running.is_some())?;
+    }
+    if running.is_some() {
+        let status = env.json(&["nat", "status"]);
+        equal("NAT as told", &status["vms"][0]["nat_now"], &json!(nat))?;
+    }
+    let listens = TcpStream::connect(published(env)).is_ok();
+    equal("the host listens", listens, ports)
+}

@@ -1,0 +1,324 @@
+//! Verbs and the points that they pass; places where worlds are; what must be the same after a crash.
+
+pub(crate) mod compare;
+pub(crate) mod place;
+
+use banger_testkit::env::{TestEnv, Vmm};
+use banger_testkit::run::{LIMIT, eventually, wait_exit};
+use place::Place;
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::path::{Path, PathBuf};
+
+pub(crate) const NAME: &str = "otter";
+pub(crate) const CREATE: &[&str] = &[
+    "vm",
+    "create",
+    "--name",
+    NAME,
+    "--image",
+    "tiny",
+    "--memory",
+    "128",
+    "--disk-size",
+    "64M",
+    "--no-start",
+];
+pub(crate) const START: &[&str] = &["vm", "start", NAME];
+pub(crate) const STOP: &[&str] = &["vm", "stop", NAME];
+pub(crate) const DELETE: &[&str] = &["vm", "delete", NAME];
+pub(crate) const PURGE: &[&str] = &["vm", "delete", "--purge", NAME];
+pub(crate) const FORCE: &[&str] = &["vm", "delete", "--force", "--purge", NAME];
+pub(crate) const UNDELETE: &[&str] = &["vm", "undelete", NAME];
+pub(crate) const RESET: &[&str] = &["vm", "reset", NAME];
+pub(crate) const NAT: &[&str] = &["nat", "up", NAME];
+pub(crate) const PUBLISH: &[&str] = &["port", "add", NAME, PUBLISHED];
+const RESTART: &[&str] = &["vm", "restart", NAME];
+const GROW: &[&str] = &["vm", "set", "--disk-size", "96M", NAME];
+const END: &[&str] = &["daemon", "stop"];
+/// Stands for a port at an address of the loopback that no other world uses.
+const PUBLISHED: &str = "{published}";
+
+/// What a command ends with that its daemon did not answer to the end.
+const UNREACHABLE: i32 = 3;
+
+/// A verb, and what has to be done before it can be tried.
+pub(crate) struct Scene {
+    pub(crate) verb: &'static str,
+    before: &'static [&'static [&'static str]],
+    tried: &'static [&'static str],
+    /// What the command ends with if nothing aborts it.
+    pub(crate) status: i32,
+    /// It changes what is on the host's network.
+    pub(crate) network: bool,
+}
+
+const fn scene(
+    verb: &'static str,
+    before: &'static [&'static [&'static str]],
+    tried: &'static [&'static str],
+) -> Scene {
+    Scene {
+        verb,
+        before,
+        tried,
+        status: 0,
+        network: false,
+    }
+}
+
+const fn of_network(scene: Scene) -> Scene {
+    Scene {
+        network: true,
+        ..scene
+    }
+}
+
+/// Every verb.
+pub(crate) const SCENES: [Scene; 13] = [
+    scene("create", &[], CREATE),
+    of_network(scene("start", &[CREATE, NAT, PUBLISH], START)),
+    Scene {
+        status: 10,
+        ..scene("failing start", &[CREATE], START)
+    },
+    of_network(scene("nat up", &[CREATE, START], NAT)),
+    of_network(scene("port add", &[CREATE, START], PUBLISH)),
+    of_network(scene("stop", &[CREATE, NAT, PUBLISH, START], STOP)),
+    scene("restart", &[CREATE, START], RESTART),
+    of_network(scene("delete", &[CREATE, START, STOP], DELETE)),
+    scene("purge", &[CREATE, START, STOP], PURGE),
+    scene("forced purge", &[CREATE, START], FORCE),
+    scene("undelete", &[CREATE, START, STOP, DELETE], UNDELETE),
+    scene("reset", &[CREATE, START, STOP], RESET),
+    scene("grow", &[CREATE, START, STOP], GROW),
+];
+
+/// Those in which the helper does something.
+pub(crate) const HELPED: [Scene; 4] = [
+    scene("start", &[CREATE, NAT, PUBLISH], START),
+    scene("nat up", &[CREATE, START], NAT),
+    scene("stop", &[CREATE, NAT, START], STOP),
+    scene("daemon stop", &[CREATE, START, STOP], END),
+];
+
+/// The port of the host that a world publishes.
+pub(crate) fn published(env: &TestEnv) -> SocketAddrV4 {
+    let [_, b, c, _] = env.pool().octets();
+    SocketAddrV4::new(Ipv4Addr::new(127, b, c, 1), 8080)
+}
+
+/// `banger` in this world, with what stands for its port filled in.
+pub(crate) fn banger(
+    env: &TestEnv,
+    variables: &[(&str, &str)],
+    args: &[&str],
+) -> banger_testkit::run::Output {
+    let place = format!("{}:80", published(env));
+    let fill = |arg: &&str| {
+        if *arg == PUBLISHED {
+            place.clone()
+        } else {
+            (*arg).to_owned()
+        }
+    };
+    let args: Vec<String> = args.iter().map(fill).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    env.banger_with(variables, &args)
+}
+
+#[track_caller]
+pub(crate) fn ok(env: &TestEnv, args: &[&str], at: &str) {
+    let output = banger(env, &[], args);
+    assert!(
+        output.status == 0,
+        "{at}: {args:?}: {output:?}\n{}",
+        env.daemon_log()
+    );
+}
+
+impl Scene {
+    pub(crate) fn env(&self, place: &Place) -> TestEnv {
+        let script = match self.status {
+            0 => "",
+            _ => r#"{"exit_before_qmp": {"code": 1, "stderr": "not today"}}"#,
+        };
+        let vmm = Vmm::Scripted(script.to_owned());
+        let env = place.mode.env("every_crash_point", vmm);
+        env.expect("where the first world was there is room for others")
+    }
+
+    /// Does all that comes before the verb, with the `variables`.
+    pub(crate) fn prepare(&self, env: &TestEnv, variables: &[(&str, &str)], at: &str) {
+        for args in self.before {
+            let output = banger(env, variables, args);
+            assert_eq!(output.status, 0, "{at}: {args:?}: {output:?}");
+        }
+    }
+
+    /// Tries the verb, whatever comes of it.
+    pub(crate) fn try_it(
+        &self,
+        env: &TestEnv,
+        variables: &[(&str, &str)],
+    ) -> banger_testkit::run::Output {
+        banger(env, variables, self.tried)
+    }
+}
+
+pub(crate) fn lines(path: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines().map(str::to_owned).collect()
+}
+
+/// What was traced, but for what a thread does by itself, now or a moment later.
+pub(crate) fn traced(path: &Path) -> Vec<String> {
+    let mut points = lines(path);
+    points.retain(|point| !point.starts_with("settle/"));
+    points
+}
+
+pub(crate) fn file(env: &TestEnv, name: &str) -> (PathBuf, String) {
+    let path = env.folder().join(name);
+    let text = path.display().to_string();
+    (path, text)
+}
+
+/// All points that the verb of a scene passes, in order, each once; and those that were passed before.
+pub(crate) fn points(place: &Place, scene: &Scene) -> (Vec<String>, BTreeSet<String>) {
+    let env = scene.env(place);
+    let (trace, text) = file(&env, "trace");
+    let variables = [("BANGER_CRASH_TRACE", text.as_str())];
+    scene.prepare(&env, &variables, scene.verb);
+    let before = traced(&trace);
+    let output = scene.try_it(&env, &variables);
+    assert_eq!(output.status, scene.status, "{}: {output:?}", scene.verb);
+    let mut seen = BTreeSet::new();
+    let passed = traced(&trace).split_off(before.len());
+    let points: Vec<String> = passed
+        .into_iter()
+        .filter(|point| seen.insert(point.clone()))
+        .collect();
+    assert!(!points.is_empty(), "{} passes no point", scene.verb);
+    (points, before.into_iter().collect())
+}
+
+/// Whether a point is a step of a verb: all others are changes of network or host, which several verbs make.
+fn is_of_a_verb(point: &str) -> bool {
+    let verbs = [
+        "create/",
+        "start/",
+        "stop/",
+        "delete/",
+        "undelete/",
+        "set/",
+        "reset/",
+    ];
+    verbs.iter().any(|verb| point.starts_with(verb))
+}
+
+/// The jobs of all scenes: each point of a verb in each scene that passes it, each change of network or host in the
+/// first scene that makes it.
+pub(crate) fn jobs(
+    scenes: &[Scene],
+    passed: Vec<(Vec<String>, BTreeSet<String>)>,
+) -> Vec<(&Scene, String)> {
+    let mut known = BTreeSet::new();
+    let mut jobs = Vec::new();
+    for (scene, (points, before)) in scenes.iter().zip(passed) {
+        for point in points {
+            let is_new = !before.contains(&point) && known.insert(point.clone());
+            if is_of_a_verb(&point) || is_new {
+                jobs.push((scene, point));
+            }
+        }
+    }
+    // Every step has both sides.
+    for (_, point) in &jobs {
+        let (step, side) = point.split_once(':').unwrap();
+        let other = if side == "before" { "after" } else { "before" };
+        let other = format!("{step}:{other}");
+        assert!(jobs.iter().any(|(_, point)| *point == other), "no {other}");
+    }
+    jobs
+}
+
+/// The steps, as `verb/step:`, that the daemon's sources name in full.
+pub(crate) fn named_in_sources() -> BTreeSet<String> {
+    let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("../banger-daemon/src")];
+    let mut named = BTreeSet::new();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let text = std::fs::read_to_string(&path).unwrap();
+            for call in text.split("point(\"").skip(1) {
+                let mut words = call.split('"');
+                if let (Some(verb), Some(", "), Some(step)) =
+                    (words.next(), words.next(), words.next())
+                {
+                    named.insert(format!("{verb}/{step}:"));
+                }
+            }
+        }
+    }
+    assert!(named.len() > 10, "{named:?}");
+    named
+}
+
+/// The daemon was told to abort at `point`, which the log must say; waits until it is gone.
+#[track_caller]
+pub(crate) fn assert_fired(env: &TestEnv, log: &Path, point: &str, daemon: Option<i32>) {
+    eventually(&format!("{point} fires"), || {
+        (lines(log) == [point]).then_some(())
+    });
+    if let Some(daemon) = daemon {
+        assert!(wait_exit(daemon, LIMIT), "{point}: the daemon lives");
+    }
+    eventually("the daemon is gone", || {
+        env.daemon_pid().is_none().then_some(())
+    });
+}
+
+/// Brings a fresh world to the abort at `point`.
+pub(crate) fn crash(env: &TestEnv, scene: &Scene, point: &str) {
+    let (log, text) = file(env, "fired");
+    let variables = [("BANGER_CRASH_AT", point), ("BANGER_CRASH_LOG", &text)];
+    // A point that is passed on the way to the scene, too, is for the daemon that comes after.
+    let early = scene.before.contains(&START) && point.starts_with("start/");
+    scene.prepare(env, if early { &[] } else { &variables }, point);
+    if early {
+        ok(env, END, point);
+    }
+    let daemon = env.daemon_pid();
+    let output = scene.try_it(env, &variables);
+    // Some points come after the answer.
+    assert!(
+        output.status == UNREACHABLE || output.status == scene.status,
+        "{point}: {}: {output:?}",
+        scene.verb
+    );
+    assert_fired(env, &log, point, daemon);
+}
+
+/// Waits until the VM rests: stopped, in the trash, or running as desired. `None` if there is none.
+pub(crate) fn settled(env: &TestEnv, verb: &str) -> Option<Value> {
+    eventually("the VM rests", || {
+        let vms = env.vms();
+        let Some(vm) = vms.first() else {
+            return Some(None);
+        };
+        assert_eq!(vms.len(), 1, "{vms:?}");
+        let rests = match vm["phase"]["state"].as_str().unwrap() {
+            // A purge that was promised goes on by itself.
+            "stopped" => vm["trashed_at"].is_null() || matches!(verb, "delete" | "undelete"),
+            "running" => vm["desired"] == "on" && vm["phase"]["ready"] == true,
+            _ => false,
+        };
+        rests.then(|| Some(vm.clone()))
+    })
+}
