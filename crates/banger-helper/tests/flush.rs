@@ -131,9 +131,10 @@ fn a_flushed_ruleset_is_whole_again_within_a_second_and_nobody_is_cut_off() {
     let to = (SERVER, listener.local_addr().unwrap().port());
     echo(listener);
     world.set_nat(machine.address(), true);
-    let connection = machine.connect(to);
     let rules = || world.inside(|| run("nft", &["-s", "list", "ruleset"]));
+    // Before a guest is counted.
     let whole = rules();
+    let connection = machine.connect(to);
     for damage in [
         &["flush", "ruleset"][..],
         &["delete", "table", "bridge", "banger"],

@@ -7,7 +7,7 @@ mod world;
 
 use banger_host::net::conntrack;
 use banger_host::op::{NamespaceAnswer, NamespaceOp};
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use world::machine::{Machine, assert_alive, echo};
 use world::{POOL, World, run, wait_for};
 
@@ -193,6 +193,95 @@ fn only_guests_that_are_joined_reach_each_other() {
     let tap = two.port.tap.clone();
     world.ask(NamespaceOp::RemovePort { tap });
     assert!(list().is_empty(), "a port that goes takes its joins along");
+}
+
+/// One datagram from each of `count` ports of the guest.
+fn speak(machine: &Machine, to: (Ipv4Addr, u16), count: usize) {
+    machine.inside(|| {
+        for _ in 0..count {
+            let socket = UdpSocket::bind((machine.address(), 0)).unwrap();
+            // The other side may have said already that nobody is there.
+            let _ = socket.send_to(b"hello", to);
+        }
+    });
+}
+
+#[test]
+fn one_guest_does_not_fill_the_table_of_connections() {
+    const LIMIT: u64 = 8192;
+    let Some(world) = World::new("one_guest_does_not_fill_the_table_of_connections") else {
+        return;
+    };
+    world.uplink(&[SERVER]);
+    let [one, two] = [1, 2].map(|number| Machine::new(&world, number));
+    for machine in [&one, &two] {
+        machine.serve(80);
+        world.set_nat(machine.address(), true);
+    }
+    world.ask(NamespaceOp::SetJoin {
+        one: one.address(),
+        other: two.address(),
+        on: true,
+    });
+    let setting = |name: &str| format!("/proc/sys/net/netfilter/nf_conntrack_{name}");
+    let tracked = || -> u64 {
+        let count = world.inside(|| std::fs::read_to_string(setting("count")).unwrap());
+        count.trim().parse().unwrap()
+    };
+    let crowd = || world.counters()["crowd_dropped"];
+    // However slow this machine is, none is forgotten meanwhile.
+    for name in ["udp_timeout", "udp_timeout_stream"] {
+        world.inside(|| std::fs::write(setting(name), "600").unwrap());
+    }
+    let open = one.connect((two.address(), 80));
+    let before = tracked();
+    wait_for("a full count", || {
+        speak(&one, (two.address(), 9), 300);
+        crowd() > 0
+    });
+    let full = tracked();
+    // The first was counted, too.
+    assert!(
+        (before..before + LIMIT).contains(&(full - 1)),
+        "{before} {full}"
+    );
+    assert!(full > LIMIT / 2, "{full}");
+    let (dropped, to) = (crowd(), (SERVER, server()));
+    assert!(!one.reaches(to), "nor does it open any other");
+    assert!(crowd() > dropped);
+    assert!(tracked() <= full + 20, "{full} {}", tracked());
+    // What it has goes on, and so does everybody else.
+    assert_alive(&open, true);
+    assert_alive(&two.connect(to), true);
+    assert_alive(&two.connect((one.address(), 80)), true);
+}
+
+#[test]
+fn one_guest_opens_connections_to_the_internet_at_a_bounded_pace() {
+    let Some(world) = World::new("one_guest_opens_connections_to_the_internet_at_a_bounded_pace")
+    else {
+        return;
+    };
+    world.uplink(&[SERVER]);
+    let [one, two] = [1, 2].map(|number| Machine::new(&world, number));
+    world.set_nat(one.address(), true);
+    world.set_nat(two.address(), true);
+    let to = (SERVER, server());
+    let open = one.connect(to);
+    speak(&one, to, 3000);
+    assert_eq!(
+        world.counters()["crowd_dropped"],
+        0,
+        "a crowd of a moment passes"
+    );
+    wait_for("the first drop", || {
+        speak(&one, to, 300);
+        world.counters()["crowd_dropped"] > 0
+    });
+    assert_alive(&open, true);
+    assert_alive(&two.connect(to), true);
+    // It is let in again.
+    wait_for("its turn", || one.reaches(to));
 }
 
 #[test]
