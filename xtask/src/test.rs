@@ -6,6 +6,7 @@
 //! | system tests | the ignored tests of every `crates/*/tests/system_*.rs`, which start real daemons and guests |
 //! | test host | the ignored tests of `crates/banger-testhost/tests/suite.rs`, inside the test host |
 //! | systemd | those of `crates/banger-testhost/tests/systemd.rs`, inside one whose first process is systemd |
+//! | neighbours | those of its module `neighbours`, in one of their own |
 //!
 //! What tests are given: `BANGER_LIBEXEC`, the folder of all programs; `BANGER_TEST_FIXTURES`, an `XDG_DATA_HOME`
 //! with the tiny image and the default kernel; `BANGER_SKIP_LOG`, a file to append skips to.
@@ -22,6 +23,14 @@ use std::process::{Command, ExitCode};
 
 /// Where the suite is inside the test host.
 const SUITE: &str = "/mnt/suite";
+/// Those that share the test host with Docker, firewalld and ufw.
+const NEIGHBOURS_SUITE: [&str; 5] = [
+    SUITE,
+    "--ignored",
+    "--nocapture",
+    "--test-threads=1",
+    "neighbours::",
+];
 /// Each boot of the test host has its own tests.
 const SYSTEMD_SUITE: &str =
     "exec /mnt/suite --ignored --nocapture --test-threads=1 boot_$TESTHOST_BOOT::";
@@ -81,6 +90,11 @@ pub(crate) fn test() -> Result<ExitCode> {
             &mut tally,
             "the suite under systemd",
             &mut testhost::command(Init::Systemd, &["sh", "-c", SYSTEMD_SUITE])?,
+        )?;
+        part(
+            &mut tally,
+            "the suite beside Docker, firewalld and ufw",
+            &mut testhost::command(Init::Systemd, &NEIGHBOURS_SUITE)?,
         )?;
     }
 

@@ -2,7 +2,8 @@
 //! test host; elsewhere they are ignored.
 //!
 //! The machine is booted three times with what was written kept: each boot runs the tests of its module, in the
-//! order of their names. They follow one person, `otter`, from the installation to its end.
+//! order of their names. They follow one person, `otter`, from the installation to its end. Those of `neighbours` have
+//! a machine of their own, since others' packet filters are not left as they were found.
 
 #![expect(clippy::unwrap_used, reason = "all of this is a test")]
 
@@ -10,5 +11,9 @@
 mod boot_1;
 #[path = "systemd/host.rs"]
 mod host;
+#[path = "inside/mod.rs"]
+mod inside;
 #[path = "systemd/login.rs"]
 mod login;
+#[path = "systemd/neighbours.rs"]
+mod neighbours;

@@ -1,9 +1,11 @@
 //! One test's banger: a home of its own, its daemon, and what the machine was before.
 
+#![allow(dead_code, reason = "not every suite uses all of it")]
+
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -82,6 +84,24 @@ impl World {
             self.story(),
         );
         String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// As [`World::banger`]. Gives what it wrote to standard output and what it told beside.
+    pub(crate) fn told(&self, args: &[&str]) -> String {
+        let (status, said) = self.said(args);
+        assert!(status.success(), "{args:?}: {said}{}", self.story());
+        said
+    }
+
+    /// As [`World::told`], whether it succeeds or not.
+    pub(crate) fn told_anyway(&self, args: &[&str]) -> String {
+        self.said(args).1
+    }
+
+    fn said(&self, args: &[&str]) -> (ExitStatus, String) {
+        let output = self.command(args).output().unwrap();
+        let said = [output.stdout, output.stderr].map(|said| String::from_utf8(said).unwrap());
+        (output.status, said.concat())
     }
 
     /// As [`World::banger`], with the time that it took.
