@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | tests | `cargo test` over the workspace |
 //! | system tests | the ignored tests of every `crates/*/tests/system_*.rs`, which start real daemons and guests |
-//! | test host | the ignored tests of `crates/banger-testhost/tests/suite.rs`, inside the test host |
+//! | test host | the ignored tests of `crates/banger-testhost/tests/suite.rs`, inside the test host, and the daemon's own tests of storage |
 //! | systemd | those of `crates/banger-testhost/tests/systemd.rs`, inside one whose first process is systemd |
 //! | neighbours | those of its module `neighbours`, in one of their own |
 //!
@@ -17,7 +17,7 @@ use crate::failure::{Failure, Result};
 use crate::layout::{root, target};
 use crate::packages::{self, Purpose};
 use crate::tally::Tally;
-use crate::testhost::{self, Init};
+use crate::testhost::{self, DAEMON_TESTS, Init};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
@@ -80,11 +80,10 @@ pub(crate) fn test() -> Result<ExitCode> {
             tally.skip("test host: no firecracker on PATH, so no Firecracker ran");
         }
         eprintln!("the test host gets {}", fixtures.display());
-        let suite = [SUITE, "--ignored", "--nocapture", "--test-threads=1"];
         part(
             &mut tally,
             "the test host's suite",
-            &mut testhost::command(Init::Shell, &suite)?,
+            &mut testhost::command(Init::Shell, &["sh", "-c", &in_test_host()])?,
         )?;
         part(
             &mut tally,
@@ -108,6 +107,14 @@ pub(crate) fn test() -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// All that runs inside the test host, as one line of shell that fails if any of it does.
+fn in_test_host() -> String {
+    format!(
+        "{SUITE} --ignored --nocapture --test-threads=1; suite=$?; \
+         /mnt/{DAEMON_TESTS} --test-threads=1 --show-output storage::tests && exit $suite"
+    )
 }
 
 fn cargo_test() -> Command {

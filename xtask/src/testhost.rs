@@ -18,6 +18,11 @@ pub(crate) enum Init {
     Systemd,
 }
 
+/// The daemon's own tests, some of which need devices and filesystems that few machines have.
+const DAEMON_SOURCE: &str = "crates/banger-daemon/src/lib.rs";
+/// Their name in `/mnt`.
+pub(crate) const DAEMON_TESTS: &str = "daemon-tests";
+
 impl Init {
     fn suite_source(self) -> &'static str {
         match self {
@@ -52,8 +57,20 @@ pub(crate) fn command(init: Init, args: &[&str]) -> Result<Command> {
         .arg(Profile::Debug.folder())
         .arg("--fixtures")
         .arg(target().join("fixtures"));
-    if let Some(suite) = suite(init)? {
-        command.arg("--suite").arg(suite);
+    let built = built()?;
+    let source = init.suite_source();
+    if root().join(source).exists() {
+        command.arg("--suite").arg(find(&built, source)?);
+    }
+    if init == Init::Shell {
+        command
+            .arg("--add")
+            .arg(find(&built, DAEMON_SOURCE)?)
+            .arg(DAEMON_TESTS);
+        command
+            .arg("--add")
+            .arg(target().join("debug/fake-vmm"))
+            .arg("fake-vmm");
     }
     if init == Init::Systemd {
         command.arg("--systemd");
@@ -73,12 +90,8 @@ pub(crate) fn command(init: Init, args: &[&str]) -> Result<Command> {
     Ok(command)
 }
 
-/// The program of these tests, which only cargo can name.
-fn suite(init: Init) -> Result<Option<String>> {
-    let source = init.suite_source();
-    if !root().join(source).exists() {
-        return Ok(None);
-    }
+/// What cargo tells of all test programs, which only it can name.
+fn built() -> Result<String> {
     let built = capture(cargo().current_dir(root()).args([
         "test",
         "--workspace",
@@ -86,22 +99,23 @@ fn suite(init: Init) -> Result<Option<String>> {
         "--no-run",
         "--message-format=json",
     ]))?;
-    let program = built
-        .stdout
-        .lines()
-        .find_map(|message| suite_program(message, source));
-    match program {
-        Some(program) => Ok(Some(program)),
-        None => Err(Failure::new(format!("`{source}` was not built"))),
-    }
+    Ok(built.stdout)
 }
 
-/// The program of the suite in `suite`, if this message of cargo tells of it.
-fn suite_program(message: &str, suite: &str) -> Option<String> {
+/// The program of the tests in `source`.
+fn find(built: &str, source: &str) -> Result<String> {
+    built
+        .lines()
+        .find_map(|message| test_program(message, source))
+        .ok_or_else(|| Failure::new(format!("`{source}` was not built")))
+}
+
+/// The program of the tests in `wanted`, if this message of cargo tells of it.
+fn test_program(message: &str, wanted: &str) -> Option<String> {
     let message: Value = serde_json::from_str(message).ok()?;
     let source = message["target"]["src_path"].as_str()?;
     let program = message["executable"].as_str()?;
-    (source.ends_with(suite) && message["profile"]["test"] == true).then(|| program.to_owned())
+    (source.ends_with(wanted) && message["profile"]["test"] == true).then(|| program.to_owned())
 }
 
 #[cfg(test)]
@@ -121,10 +135,10 @@ mod tests {
         };
         let source = Init::Shell.suite_source();
         assert_eq!(
-            suite_program(&message(Init::Shell.suite_source()), source).as_deref(),
+            test_program(&message(Init::Shell.suite_source()), source).as_deref(),
             Some("/t/suite-1")
         );
-        assert_eq!(suite_program(&message("src/lib.rs"), source), None);
-        assert_eq!(suite_program("Finished", source), None);
+        assert_eq!(test_program(&message("src/lib.rs"), source), None);
+        assert_eq!(test_program("Finished", source), None);
     }
 }

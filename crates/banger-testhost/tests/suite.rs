@@ -4,6 +4,12 @@
 
 #![expect(clippy::unwrap_used, reason = "all of this is a test")]
 
+#[path = "inside/conformance.rs"]
+mod conformance;
+#[path = "inside/faults.rs"]
+mod faults;
+#[path = "inside/helper.rs"]
+mod helper;
 mod inside;
 #[path = "inside/storage.rs"]
 mod storage;
@@ -249,44 +255,6 @@ fn a_vm_lives_its_whole_life_under_firecracker() {
     println!("QEMU RUN: what ran under Firecracker before: {stages}");
     world.banger(&["vm", "stop", "otter"]);
     world.banger(&["vm", "delete", "otter", "--purge"]);
-    world.leaves_nothing();
-}
-
-#[test]
-#[ignore = "runs inside the test host"]
-fn a_copied_root_and_a_work_disk_survive_a_stop_under_firecracker() {
-    if !has_firecracker("a_copied_root_and_a_work_disk_survive_a_stop_under_firecracker") {
-        return;
-    }
-    let world = World::new();
-    let options = [
-        "--driver",
-        "firecracker",
-        "--storage",
-        "copy",
-        "--disk-size",
-        "64M",
-    ];
-    let vm = create(&world, "heron", &options);
-    assert_eq!(vm["spec"]["storage"], "copy");
-    println!(
-        "FIRECRACKER RUN: create with a copied root and a work disk: {}",
-        boot(&vm)
-    );
-    let mounts = world.ssh("heron", "cat /proc/mounts");
-    for mount in ["/dev/vda / ext4 rw", "/dev/vdd /data ext4 rw"] {
-        assert!(mounts.contains(mount), "{mounts}");
-    }
-    world.ssh("heron", "echo root > /root/mark; echo disk > /data/mark");
-    world.banger(&["vm", "stop", "heron"]);
-    assert_eq!(world.stop_reason("heron"), "asked");
-    let stages = world.start("heron");
-    assert_eq!(
-        world.ssh("heron", "cat /root/mark /data/mark"),
-        "root\ndisk\n"
-    );
-    println!("FIRECRACKER RUN: start, with what was written before: {stages}");
-    world.banger(&["vm", "delete", "heron", "--force", "--purge"]);
     world.leaves_nothing();
 }
 

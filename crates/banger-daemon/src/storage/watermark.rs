@@ -3,6 +3,7 @@
 //! only while a VM runs.
 
 use super::{Layer, Tended};
+use crate::record::VmRecord;
 use crate::registry::Registry;
 use crate::vm::actor::note;
 use crate::vm::files::VmFiles;
@@ -12,7 +13,6 @@ use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::event::EventKind;
 use banger_core::decide::Request;
 use banger_core::id::VmId;
-use banger_core::name::VmName;
 use banger_core::phase::{PausedBy, Phase};
 use banger_core::spec::Storage;
 use banger_core::watermark::{UNLIMITED_WRITES, Verdict, filesystem, pause_at};
@@ -176,9 +176,19 @@ fn is_watched(phase: &Phase) -> bool {
 /// Whether a VM that was paused for room may go on.
 ///
 /// # Errors
-/// The host's filesystem is still too full.
-pub(crate) fn has_room(world: &World, name: &VmName) -> Result<(), ErrorBody> {
-    let folder = world.paths.vms();
+/// The host's filesystem is still too full, or its copy-on-write file, which cannot grow.
+pub(crate) fn has_room(world: &World, record: &VmRecord) -> Result<(), ErrorBody> {
+    let (name, folder) = (&record.name, world.paths.vms());
+    if record.spec.storage == Storage::Snapshot {
+        let layer = Layer::of(world, record, &VmFiles::of(&world.paths, record.id))?;
+        if world.storage.snapshot().tend(&layer)?.must_pause {
+            let message = format!(
+                "`{name}` was paused because its copy-on-write file is full, and the host has no room for a larger one"
+            );
+            return Err(ErrorBody::new(ErrorCode::NoSpace, message)
+                .hint("free some space and it goes on by itself"));
+        }
+    }
     let Ok(room) = space(&folder) else {
         // What cannot be measured stops nobody; the VM is paused again if it must be.
         return Ok(());

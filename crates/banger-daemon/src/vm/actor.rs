@@ -2,7 +2,7 @@
 
 use super::files::VmFiles;
 use super::link::{Commander, Link, LinkEvent};
-use super::start_plan::{StartError, Started};
+use super::start_plan::{StartError, Started, blocking};
 use super::stop_reason::Intent;
 use super::{Answer, Ask, AttemptFile, Handle, INBOX, Message, View};
 use crate::convert;
@@ -454,11 +454,12 @@ impl Actor {
                     // A person paused it meanwhile.
                     return self.answer(reply);
                 }
-                if by_full_disk
-                    && !ask.for_room
-                    && let Err(error) = watermark::has_room(&self.world, &self.record.name)
-                {
-                    return answer_to(reply, Err(error));
+                if by_full_disk && !ask.for_room {
+                    let (world, record) = (Arc::clone(&self.world), Arc::clone(&self.record));
+                    let room = blocking(move || watermark::has_room(&world, &record)).await;
+                    if let Err(error) = room.flatten() {
+                        return answer_to(reply, Err(error));
+                    }
                 }
                 let done = self.command(Verb::Resume).await;
                 let goes_on = done.is_ok();

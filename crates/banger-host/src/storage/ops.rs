@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 /// What is copied at once on a first write, in sectors: a block of the guest's filesystem.
 pub const CHUNK_SECTORS: u64 = 8;
 
+/// How large a snapshot may be, in sectors: 64 TiB.
+pub const MAX_SECTORS: u64 = 1 << 37;
 /// The most snapshots that one user, other than root, may have at a time.
 pub const MAX_SNAPSHOTS: usize = 256;
 /// How long a stranger that looks at a device, as `lsblk` does, may keep it open.
@@ -57,6 +59,9 @@ pub enum SnapshotError {
         /// What the image has.
         image: u64,
     },
+    /// The snapshot would be larger than any.
+    #[error("a snapshot of {0} sectors is larger than {MAX_SECTORS}")]
+    TooLarge(u64),
     /// The kernel made no node of it.
     #[error("the kernel made no `{0}`: is there a devtmpfs at /dev?")]
     NoNode(String),
@@ -181,6 +186,9 @@ fn attach(
     image: BorrowedFd<'_>,
     cow: BorrowedFd<'_>,
 ) -> Result<Device, SnapshotError> {
+    if sectors > MAX_SECTORS {
+        return Err(SnapshotError::TooLarge(sectors));
+    }
     files::check_image(image, uid)?;
     files::check_cow(cow, uid)?;
     // What an earlier attempt left is void: whoever asks has the VM's lock.

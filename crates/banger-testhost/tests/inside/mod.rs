@@ -4,10 +4,12 @@
 
 use serde_json::Value;
 use std::collections::BTreeSet;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+use uuid::Uuid;
 
 /// Seconds that any one command may take.
 const COMMAND_SECONDS: &str = "90";
@@ -19,6 +21,8 @@ const TEARDOWN_LIMIT: Duration = Duration::from_secs(10);
 pub(crate) struct World {
     home: tempfile::TempDir,
     before: BTreeSet<String>,
+    /// Whose it is; without one, root's.
+    user: Option<u32>,
 }
 
 /// These tests load modules, mount, and start and end udev: not on anybody's own machine.
@@ -33,17 +37,83 @@ pub(crate) fn assert_inside() {
 }
 
 impl World {
-    /// An empty one, whose daemon finds the tests' image and kernel.
+    /// An empty one, whose daemon finds the tests' images and kernel.
     pub(crate) fn new() -> Self {
+        // Hard links: the copy's files are never written to, only replaced.
+        Self::made("/var/tmp".as_ref(), &["-al"])
+    }
+
+    /// As [`World::new`], in a folder of another filesystem.
+    pub(crate) fn on(folder: &Path) -> Self {
+        Self::made(folder, &["-a"])
+    }
+
+    fn made(folder: &Path, taken_over: &[&str]) -> Self {
         assert_inside();
-        let home = tempfile::tempdir_in("/var/tmp").unwrap();
+        let home = tempfile::tempdir_in(folder).unwrap();
         let before = host_objects();
-        let world = Self { home, before };
+        let world = Self {
+            home,
+            before,
+            user: None,
+        };
         let data = world.path("data/banger");
         std::fs::create_dir_all(&data).unwrap();
-        // Hard links: the copy's files are never written to, only replaced.
-        copy(&["-al"], &fixtures().join("."), &data);
+        copy(taken_over, &fixtures().join("."), &data);
         world
+    }
+
+    /// As [`World::new`], of an ordinary user.
+    pub(crate) fn of(user: u32) -> Self {
+        let mut world = Self::new();
+        world.user = Some(user);
+        // As udev has it.
+        let everybody = PermissionsExt::from_mode(0o666);
+        std::fs::set_permissions("/dev/net/tun", everybody).unwrap();
+        // ssh runs for nobody whom it cannot name.
+        let line = format!("user-{user}:x:{user}:{user}::/nonexistent:/bin/sh\n");
+        let users = std::fs::read_to_string("/etc/passwd").unwrap();
+        if !users.contains(&line) {
+            std::fs::write("/etc/passwd", users + &line).unwrap();
+        }
+        world.give(&[]);
+        // What is linked is root's, as what a package had put there would be; this user's images are the own.
+        for store in ["images", "kernels"] {
+            let store = world.path("data/banger").join(store);
+            let linked = store.with_extension("linked");
+            std::fs::rename(&store, &linked).unwrap();
+            copy(&["-r"], &linked, &store);
+            std::fs::remove_dir_all(&linked).unwrap();
+        }
+        world.give(&["-R"]);
+        world
+    }
+
+    fn give(&self, options: &[&str]) {
+        let user = self.user.unwrap_or_default();
+        let status = command("chown")
+            .args(options)
+            .arg(format!("{user}:{user}"))
+            .arg(self.home.path())
+            .status();
+        assert!(status.unwrap().success());
+    }
+
+    /// Its VMs are played by `fake-vmm`: no guest boots, and who writes is the test.
+    pub(crate) fn with_played_guests(self, settings: &str) -> Self {
+        let program = self.path("vmm/fake-vmm");
+        for folder in ["vmm", "share/qemu"] {
+            std::fs::create_dir_all(self.path(folder)).unwrap();
+        }
+        copy(&[], "/mnt/fake-vmm".as_ref(), &program);
+        self.configure(&format!(
+            "{settings}[driver]\nchoice = \"qemu\"\nqemu = \"{}\"\n",
+            program.display()
+        ));
+        if self.user.is_some() {
+            self.give(&["-R"]);
+        }
+        self
     }
 
     pub(crate) fn path(&self, path: &str) -> PathBuf {
@@ -58,7 +128,17 @@ impl World {
     }
 
     fn command(&self, args: &[&str]) -> Command {
-        let mut command = command("timeout");
+        let mut command = match self.user {
+            None => command("timeout"),
+            Some(user) => {
+                let mut command = command("setpriv");
+                command
+                    .args(["--clear-groups", "--reuid", &user.to_string()])
+                    .args(["--regid", &user.to_string(), "timeout"])
+                    .current_dir("/");
+                command
+            }
+        };
         command
             .args([COMMAND_SECONDS, "banger"])
             .args(args)
@@ -102,6 +182,15 @@ impl World {
         let output = self.command(args).output().unwrap();
         let said = [output.stdout, output.stderr].map(|said| String::from_utf8(said).unwrap());
         (output.status, said.concat())
+    }
+
+    /// Runs banger with one more variable, which a daemon that it starts has, too. Gives exit code and what it said.
+    pub(crate) fn tries(&self, variables: &[(&str, &str)], args: &[&str]) -> (i32, String) {
+        let mut command = self.command(args);
+        let output = command.envs(variables.iter().copied()).output().unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said).into_owned();
+        (output.status.code().unwrap_or(-1), said)
     }
 
     /// As [`World::banger`], with the time that it took.
@@ -227,15 +316,47 @@ pub(crate) fn command(program: &str) -> Command {
     Command::new(program)
 }
 
-/// The tests' images and kernels, on the filesystem that the tests' homes are on.
-fn fixtures() -> &'static Path {
+/// The tests' images and kernels, on the filesystem that the tests' homes are on. Beside `tiny` there is `second`,
+/// which is the same but for a file that says so.
+pub(crate) fn fixtures() -> &'static Path {
     static COPY: OnceLock<PathBuf> = OnceLock::new();
     COPY.get_or_init(|| {
         let target = PathBuf::from("/var/tmp/fixtures");
         let from = Path::new(&std::env::var("BANGER_TEST_FIXTURES").unwrap()).join("banger");
         copy(&["-r"], &from, &target);
+        let mut images = std::fs::read_dir(target.join("images")).unwrap();
+        second_image(&images.next().unwrap().unwrap().path());
         target
     })
+}
+
+/// Makes the image `second` beside this one.
+fn second_image(first: &Path) {
+    let id = Uuid::now_v7().to_string();
+    let folder = first.with_file_name(&id);
+    copy(&["-r"], first, &folder);
+    let root = folder.join("root.img");
+    let output = |program: &str, args: &[&str]| {
+        let output = command(program).args(args).arg(&root).output().unwrap();
+        assert!(output.status.success(), "{program}: {output:?}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let word = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(word.path(), "second\n").unwrap();
+    let write = format!("write {} etc/second", word.path().display());
+    let uuid = Uuid::now_v7().to_string();
+    output("chmod", &["u+w"]);
+    output("debugfs", &["-w", "-R", &write]);
+    output("tune2fs", &["-U", &uuid]);
+    let sum = output("sha256sum", &[]);
+    let manifest = folder.join("image.json");
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    let mut facts: Value = serde_json::from_str(&text).unwrap();
+    facts["id"] = id.into();
+    facts["name"] = "second".into();
+    facts["uuid"] = uuid.into();
+    facts["sha256"] = sum.split_whitespace().next().unwrap().into();
+    std::fs::write(&manifest, facts.to_string()).unwrap();
 }
 
 fn copy(options: &[&str], from: &Path, to: &Path) {

@@ -1,10 +1,11 @@
 //! Storage drivers that need device-mapper, a udev or filesystems of their own.
 
 use super::has_firecracker;
-use super::inside::{World, assert_inside, boot, command};
+use super::inside::{World, assert_inside, command};
 use banger_core::id::{InstanceId, VmId};
 use banger_host::op::{HostAnswer, HostOp, SnapshotState};
 use banger_host::storage::ops::{CHUNK_SECTORS, list, perform};
+use serde_json::Value;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
@@ -14,6 +15,7 @@ use uuid::Uuid;
 
 const MIB: u64 = 1 << 20;
 const UID: u32 = 0;
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// One VM's files, without a VM.
 struct Vm {
@@ -111,6 +113,54 @@ impl Drop for Vm {
     }
 }
 
+/// Waits for what comes by itself.
+pub(crate) fn eventually<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "never: {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// The node of the snapshot of the VM with this id.
+pub(crate) fn device_of(id: &str) -> Option<PathBuf> {
+    let entries = std::fs::read_dir("/sys/block").unwrap();
+    entries
+        .map(|entry| entry.unwrap())
+        .find(|entry| {
+            let uuid = std::fs::read_to_string(entry.path().join("dm/uuid"));
+            uuid.is_ok_and(|uuid| uuid.trim_end().ends_with(id))
+        })
+        .map(|entry| Path::new("/dev").join(entry.file_name()))
+}
+
+pub(crate) fn write_at(device: &Path, at: u64, bytes: &[u8]) {
+    let file = OpenOptions::new().write(true).open(device).unwrap();
+    file.write_all_at(bytes, at).unwrap();
+    file.sync_all().unwrap();
+}
+
+/// What stands there, as much as a word.
+pub(crate) fn read_at(device: &Path, at: u64) -> Vec<u8> {
+    let mut bytes = vec![0; 20];
+    let file = std::fs::File::open(device).unwrap();
+    file.read_exact_at(&mut bytes, at).unwrap();
+    bytes
+}
+
+/// The kernel has not dropped the snapshot of this VM.
+pub(crate) fn is_valid(vm: &Value) -> bool {
+    let output = command("dmsetup").arg("status").output().unwrap();
+    let status = String::from_utf8_lossy(&output.stdout).into_owned();
+    let id = vm["id"].as_str().unwrap();
+    let line = status.lines().find(|line| line.contains(&format!("{id}:")));
+    let line = line.unwrap_or_else(|| panic!("{status}"));
+    line.contains('/') && !line.contains("Invalid")
+}
+
 fn write(device: &Path, at: u64, bytes: &[u8]) {
     let file = OpenOptions::new().write(true).open(device).unwrap();
     file.write_all_at(bytes, at).unwrap();
@@ -126,8 +176,28 @@ fn read(device: &Path, at: u64) -> u8 {
     byte[0]
 }
 
+/// Shows `look` the device that the files of a VM make.
+pub(crate) fn attach_by_hand(image: &Path, cow: &Path, new_bytes: u64, look: impl FnOnce(&Path)) {
+    let id = Uuid::now_v7;
+    let (instance, vm) = (InstanceId::from_uuid(id()), VmId::from_uuid(id()));
+    let sectors = (image.metadata().unwrap().len() + new_bytes) / 512;
+    let op = HostOp::AttachSnapshot {
+        instance,
+        vm,
+        sectors,
+    };
+    let image = File::open(image).unwrap();
+    let cow = OpenOptions::new().read(true).write(true).open(cow).unwrap();
+    let answer = perform(UID, &op, &[image.as_fd(), cow.as_fd()]).unwrap();
+    let HostAnswer::Device { path } = answer else {
+        panic!("{answer:?}");
+    };
+    look(path.as_ref());
+    perform(UID, &HostOp::DetachSnapshot { instance, vm }, &[]).unwrap();
+}
+
 /// Devices of device-mapper and attached loop devices.
-fn devices() -> Vec<String> {
+pub(crate) fn devices() -> Vec<String> {
     let devices = std::fs::read_dir("/sys/block").unwrap();
     let mut devices: Vec<String> = devices
         .map(|device| device.unwrap())
@@ -268,66 +338,6 @@ fn a_device_of_somebody_else_with_our_name_is_refused_and_not_touched() {
     assert_eq!(dmsetup(&["table", &name]), table);
     dmsetup(&["remove", &name]);
     assert_eq!(devices(), before);
-}
-
-#[test]
-#[ignore = "runs inside the test host"]
-fn a_vm_lives_on_a_snapshot_under_qemu() {
-    lives_on_a_snapshot("qemu");
-}
-
-#[test]
-#[ignore = "runs inside the test host"]
-fn a_vm_lives_on_a_snapshot_under_firecracker() {
-    if has_firecracker("a_vm_lives_on_a_snapshot_under_firecracker") {
-        lives_on_a_snapshot("firecracker");
-    }
-}
-
-fn lives_on_a_snapshot(driver: &str) {
-    let before = devices();
-    let world = World::new();
-    let options = [
-        "vm",
-        "create",
-        "--name",
-        driver,
-        "--image",
-        "tiny",
-        "--memory",
-        "256",
-        "--vcpu",
-        "1",
-        "--wait",
-        "--driver",
-        driver,
-        "--storage",
-        "snapshot",
-        "--overlay-size",
-        "256M",
-    ];
-    world.banger(&options);
-    let vm = world.vm(driver);
-    assert_eq!(vm["spec"]["storage"], "snapshot");
-    println!("SNAPSHOT RUN: {driver}: create: {}", boot(&vm));
-    let mounts = world.ssh(driver, "cat /proc/mounts");
-    assert!(mounts.contains("/dev/vda / ext4 rw"), "{mounts}");
-    world.ssh(driver, "echo kept > /root/mark; sync");
-    // The devices are the VM's, not the daemon's.
-    let attached = devices();
-    super::kill_daemon_and_look(&world, driver, &vm["attempt"]["vmm_pid"]);
-    assert_eq!(devices(), attached);
-    world.banger(&["vm", "stop", driver]);
-    assert_eq!(devices(), before, "a stopped VM has no devices");
-    let stages = world.start(driver);
-    println!("SNAPSHOT RUN: {driver}: start: {stages}");
-    assert_eq!(world.ssh(driver, "cat /root/mark").trim(), "kept");
-    world.banger(&["vm", "kill", driver]);
-    assert_eq!(devices(), before);
-    world.start(driver);
-    world.banger(&["vm", "delete", driver, "--force", "--purge"]);
-    assert_eq!(devices(), before);
-    world.leaves_nothing();
 }
 
 #[test]
