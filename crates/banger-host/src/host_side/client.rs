@@ -5,7 +5,7 @@ use crate::op::{HostAnswer, HostOp, HostReply, HostRequest};
 use rustix::fd::{BorrowedFd, OwnedFd};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Where the helper's unit listens.
 pub const HELPER_SOCKET: &str = "/run/banger-helper.sock";
@@ -83,10 +83,11 @@ impl HelperClient {
             source,
         };
         let message = serde_json::to_vec(&HostRequest { op: op.clone() }).map_err(bad)?;
-        let exchanged = match self.exchange(&message, descriptors) {
+        let exchange = || seqpacket::exchange(&self.place, &message, descriptors, REQUEST_TIMEOUT);
+        let exchanged = match exchange() {
             // It died before it answered. Every operation measures first, so another helper goes on where this one
             // was; what has half been done would else stay so.
-            Err(error) if is_broken_off(&error) => self.exchange(&message, descriptors),
+            Err(error) if is_broken_off(&error) => exchange(),
             exchanged => exchanged,
         };
         let (bytes, handed_out) = exchanged.map_err(|source| HelperError::Unreachable {
@@ -102,36 +103,8 @@ impl HelperClient {
             }),
         }
     }
-
-    fn exchange(
-        &self,
-        message: &[u8],
-        descriptors: &[BorrowedFd<'_>],
-    ) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
-        let connection = seqpacket::socket()?;
-        rustix::net::connect(&connection, &self.place.address()?)?;
-        // A helper that turns its clients away says so and hangs up, before it has read anything.
-        let sent = seqpacket::send(&connection, message, descriptors);
-        if !matches!(&sent, Err(error) if is_hung_up(error)) {
-            sent?;
-        }
-        let deadline = Some(Instant::now() + REQUEST_TIMEOUT);
-        let received = match seqpacket::receive(&connection, deadline) {
-            // The kernel tells of this first, and then hands out what was said.
-            Err(error) if is_hung_up(&error) => seqpacket::receive(&connection, deadline),
-            received => received,
-        };
-        received?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
-    }
 }
 
 fn is_broken_off(error: &io::Error) -> bool {
-    is_hung_up(error) || error.kind() == io::ErrorKind::UnexpectedEof
-}
-
-fn is_hung_up(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
-    )
+    seqpacket::is_hung_up(error) || error.kind() == io::ErrorKind::UnexpectedEof
 }

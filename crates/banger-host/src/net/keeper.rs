@@ -172,10 +172,8 @@ impl Keeper {
             source,
         };
         let message = serde_json::to_vec(&NamespaceRequest { op }).map_err(bad)?;
-        let exchange = || {
-            let deadline = Instant::now() + own + REQUEST_TIMEOUT;
-            self.exchange(&message, descriptors, deadline)
-        };
+        let limit = own + REQUEST_TIMEOUT;
+        let exchange = || seqpacket::exchange(&self.place, &message, descriptors, limit);
         let exchanged = if changes {
             point("keeper", operation, Side::Before);
             let exchanged = exchange();
@@ -190,19 +188,6 @@ impl Keeper {
             Ok(answer) => Ok((answer, descriptors)),
             Err(why) => Err(KeeperError::Refused { operation, why }),
         }
-    }
-
-    fn exchange(
-        &self,
-        message: &[u8],
-        descriptors: &[BorrowedFd<'_>],
-        deadline: Instant,
-    ) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
-        let connection = seqpacket::socket()?;
-        rustix::net::connect(&connection, &self.place.address()?)?;
-        seqpacket::send(&connection, message, descriptors)?;
-        seqpacket::receive(&connection, Some(deadline))?
-            .ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     }
 }
 

@@ -5,6 +5,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
+use rustix::net::sockopt::Timeout;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
     SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
@@ -80,6 +81,42 @@ pub fn widen(socket: impl AsFd) {
     );
 }
 
+/// Sends a request over a connection of its own, and answers with the reply, all within `limit`.
+///
+/// # Errors
+/// Nobody listens at `place`, or it hung up without a word ([`io::ErrorKind::UnexpectedEof`]), or took too long.
+pub fn exchange(
+    place: &Place,
+    message: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+    limit: Duration,
+) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
+    let deadline = Some(Instant::now() + limit);
+    let connection = socket()?;
+    // A listener that is stopped, and whose queue is full, would else be waited for without end.
+    rustix::net::sockopt::set_socket_timeout(&connection, Timeout::Send, Some(limit))?;
+    rustix::net::connect(&connection, &place.address()?)?;
+    // Who turns its clients away says so and hangs up, before it has read anything.
+    let sent = send(&connection, message, descriptors);
+    if !matches!(&sent, Err(error) if is_hung_up(error)) {
+        sent?;
+    }
+    let received = match receive(&connection, deadline) {
+        // The kernel tells of this first, and then hands out what was said.
+        Err(error) if is_hung_up(&error) => receive(&connection, deadline),
+        received => received,
+    };
+    received?.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
+/// Whether the other side is there no more.
+pub(crate) fn is_hung_up(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
+}
+
 /// Sends one message.
 ///
 /// # Errors
@@ -151,5 +188,26 @@ fn wait_readable(socket: BorrowedFd<'_>, deadline: Option<Instant>) -> io::Resul
             Ok(_) => return Ok(()),
             Err(error) => return Err(error.into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listener_that_hears_nobody_out_is_not_waited_for_without_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = Place::open(&folder.path().join("deaf.sock")).unwrap();
+        let listener = socket().unwrap();
+        rustix::net::bind(&listener, &place.address().unwrap()).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        // The first of them come into its queue, where nobody answers; the last not even there.
+        let kinds = [(); 4].map(|()| {
+            let asked = exchange(&place, b"hello", &[], Duration::from_millis(20));
+            asked.unwrap_err().kind()
+        });
+        assert_eq!(kinds[0], io::ErrorKind::TimedOut);
+        assert_eq!(kinds[3], io::ErrorKind::WouldBlock);
     }
 }
