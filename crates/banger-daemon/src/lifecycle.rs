@@ -19,16 +19,19 @@ use crate::server::{self, App};
 use crate::storage::{StorageHost, watermark};
 use crate::store::{Opened, Store};
 use crate::vm::actor::{self, Found};
-use crate::vm::files::make_folder;
+use crate::vm::files::{VmFiles, make_folder};
 use crate::world::{Programs, World};
 use crate::{keys, rescue, trash};
 use banger_api::daemon::Mode;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::paths::{Env, Paths, ProcessEnv, find_program};
 use banger_api::version::build_id;
+use banger_core::id::VmId;
+use banger_core::phase::Phase;
 use banger_dns::Zone;
 use banger_host::host_side::HostSide;
 use jiff::Timestamp;
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{Seek, Write};
 use std::os::unix::fs::FileTypeExt;
@@ -376,13 +379,20 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
     });
     let registry = Arc::new(Registry::default());
     let mut recovered = Vec::new();
-    for record in readdress(&world, rows.vms).await? {
+    let records = readdress(&world, rows.vms).await?;
+    let at_rest = find_at_rest(&world, &records).await;
+    for record in records {
         world
             .images
             .pin_known(record.spec.image, record.spec.kernel, record.id);
-        let (handle, looked) = actor::spawn(Arc::clone(&world), record, Found::Unknown);
-        registry.add(handle);
-        recovered.push(looked);
+        if at_rest.contains(&record.id) {
+            let (handle, _) = actor::spawn(Arc::clone(&world), record, Found::Stopped);
+            registry.add(handle);
+        } else {
+            let (handle, looked) = actor::spawn(Arc::clone(&world), record, Found::Unknown);
+            registry.add(handle);
+            recovered.push(looked);
+        }
     }
     // Nobody may ask before it is known what lives.
     for looked in recovered {
@@ -458,7 +468,7 @@ fn comes_back(record: &VmRecord, first: bool) -> bool {
 /// changed.
 async fn readdress(world: &World, mut records: Vec<VmRecord>) -> Result<Vec<VmRecord>, ErrorBody> {
     let pool = world.instance.pool;
-    let mut taken: std::collections::HashSet<_> = records
+    let mut taken: HashSet<_> = records
         .iter()
         .map(|record| record.address)
         .filter(|address| pool.guests().contains(*address))
@@ -482,6 +492,27 @@ async fn readdress(world: &World, mut records: Vec<VmRecord>) -> Result<Vec<VmRe
     Ok(records)
 }
 
+/// The VMs of which nothing is left on the host: one look at all of it, since most VMs are of this kind. All others are
+/// looked at one by one.
+async fn find_at_rest(world: &World, records: &[VmRecord]) -> HashSet<VmId> {
+    let ports: HashSet<String> = match world.network.now().await {
+        Ok(now) => now.ports.into_iter().map(|port| port.tap).collect(),
+        Err(error) => {
+            let error = banger_host::error_chain(&error);
+            tracing::warn!(error, "the ports cannot be listed: every VM is looked at");
+            return HashSet::new();
+        }
+    };
+    let snapshots = world.storage.snapshot().attached(world.instance.id);
+    // Nobody is served yet whom this could keep waiting.
+    let at_rest = records.iter().filter(|record| {
+        !ports.contains(&record.id.tap_name())
+            && !snapshots.contains(&record.id)
+            && VmFiles::of(&world.paths, record.id).are_at_rest()
+    });
+    at_rest.map(|record| record.id).collect()
+}
+
 /// Snapshots of ours that belong to no VM are left from a VM whose record is gone: they are detached.
 async fn detach_foreign_snapshots(world: &Arc<World>, registry: &Registry) {
     let known = [false, true]
@@ -499,7 +530,7 @@ async fn detach_foreign_snapshots(world: &Arc<World>, registry: &Registry) {
     }
 }
 
-/// Ports of our namespace that belong to no VM are left from a VM whose record is gone: they go.
+/// Ports of our namespace that belong to no VM that runs are left from one that died, or whose record is gone: they go.
 async fn remove_foreign_ports(world: &World, registry: &Registry) {
     let ports = match world.network.now().await {
         Ok(now) => now.ports,
@@ -511,13 +542,14 @@ async fn remove_foreign_ports(world: &World, registry: &Registry) {
             return;
         }
     };
-    let known: std::collections::HashSet<String> = [false, true]
+    let known: HashSet<String> = [false, true]
         .into_iter()
         .flat_map(|trash| registry.list(trash))
+        .filter(|handle| !matches!(handle.view.borrow().phase, Phase::Stopped { .. }))
         .map(|handle| handle.id.tap_name())
         .collect();
     for port in ports.into_iter().filter(|port| !known.contains(&port.tap)) {
-        tracing::warn!(tap = port.tap, "a port without a VM is removed");
+        tracing::warn!(tap = port.tap, "a port without a VM that runs is removed");
         if let Err(error) = world.network.release(port.tap).await {
             tracing::warn!(
                 error = banger_host::error_chain(&error),

@@ -19,7 +19,7 @@ use banger_host::storage::{
     StorageError, create_sparse, ops, preallocate, write_at_start, write_in_place,
 };
 use banger_image::template;
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
@@ -147,6 +147,11 @@ impl Snapshot {
         Ok(())
     }
 
+    /// The VMs of an instance that have a snapshot attached.
+    pub(crate) fn attached(&self, instance: InstanceId) -> BTreeSet<VmId> {
+        ops::seen(rustix::process::geteuid().as_raw(), instance)
+    }
+
     /// Detaches the snapshots of an instance's VMs that are not `known`: their records are gone. Answers what could not be
     /// detached.
     pub(crate) fn sweep(
@@ -154,8 +159,7 @@ impl Snapshot {
         instance: InstanceId,
         known: &HashSet<VmId>,
     ) -> Vec<(VmId, ErrorBody)> {
-        let uid = rustix::process::geteuid().as_raw();
-        ops::seen(uid, instance)
+        self.attached(instance)
             .into_iter()
             .filter(|vm| !known.contains(vm))
             .filter_map(|vm| {

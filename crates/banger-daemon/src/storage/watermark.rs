@@ -19,6 +19,7 @@ use banger_core::watermark::{UNLIMITED_WRITES, Verdict, filesystem, pause_at};
 use banger_host::storage::{Space, allocated, space};
 use banger_vmm::driver::capabilities;
 use std::collections::HashMap;
+use std::mem::Discriminant;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -37,16 +38,25 @@ pub(crate) async fn watch(world: Arc<World>, registry: Arc<Registry>) {
     let (_, mut events) = world.hub.follow(None);
     let mut down = world.shutdown.subscribe();
     let mut known = HashMap::new();
+    let mut all = All {
+        due: Instant::now(),
+    };
     loop {
         // What changed until now is seen by this look.
         events = events.resubscribe();
-        let next = look(&world, &registry, &mut known).await;
+        let next = look(&world, &registry, &mut known, &mut all).await;
         tokio::select! {
             () = after(next) => {}
-            () = vm_changed(&mut events) => {}
+            () = vm_changed(&mut events, &known) => {}
             _ = down.wait_for(|down| *down) => return,
         }
     }
+}
+
+/// When all VMs are measured: not each time that one of them changes, or a thousand starts would measure a million
+/// times.
+struct All {
+    due: Instant,
 }
 
 async fn after(next: Option<Duration>) {
@@ -56,12 +66,16 @@ async fn after(next: Option<Duration>) {
     }
 }
 
-/// Resolves when a VM that is watched is not what it was. One that ended is missed at the next look.
-async fn vm_changed(events: &mut broadcast::Receiver<banger_api::event::Event>) {
+/// Resolves when a VM is watched that was not, or stands otherwise than at the last look. One that ended is missed at
+/// the next look.
+async fn vm_changed(
+    events: &mut broadcast::Receiver<banger_api::event::Event>,
+    known: &HashMap<VmId, Known>,
+) {
     loop {
         match events.recv().await {
             Ok(event) => match event.kind {
-                EventKind::VmChanged { vm } if is_watched(&vm.phase) => return,
+                EventKind::VmChanged { vm } if is_news(known, vm.id, &vm.phase) => return,
                 _ => {}
             },
             Err(broadcast::error::RecvError::Lagged(_)) => return,
@@ -71,9 +85,16 @@ async fn vm_changed(events: &mut broadcast::Receiver<banger_api::event::Event>) 
     }
 }
 
+fn is_news(known: &HashMap<VmId, Known>, vm: VmId, phase: &Phase) -> bool {
+    let stands = known.get(&vm).and_then(|known| known.stands);
+    is_watched(phase) && stands != Some(std::mem::discriminant(phase))
+}
+
 /// What is remembered of a running VM from one look to the next.
 #[derive(Debug, Default)]
 struct Known {
+    /// Whether it ran, stopped, or was paused.
+    stands: Option<Discriminant<Phase>>,
     /// What it had taken of the host, by then.
     taken: Option<u64>,
     went_on: Option<Instant>,
@@ -90,6 +111,7 @@ async fn look(
     world: &Arc<World>,
     registry: &Registry,
     known: &mut HashMap<VmId, Known>,
+    all: &mut All,
 ) -> Option<Duration> {
     let live: Vec<(Handle, View)> = registry
         .list(false)
@@ -115,22 +137,27 @@ async fn look(
     // All at once: one VM that is slow to answer must not let the others write on.
     let mut told = JoinSet::new();
     let mut next = Duration::from_millis(mark.next_check_ms);
+    let now = Instant::now();
+    let is_due = all.due <= now || mark.verdict != Verdict::Ok;
+    if is_due {
+        all.due = now + next;
+    } else {
+        next = next.min(all.due - now);
+    }
+    let measured = live.iter().filter(|(handle, _)| {
+        let taken = known.get(&handle.id).and_then(|known| known.taken);
+        is_due || taken.is_none()
+    });
+    let measured = measure(world, measured.map(|(_, view)| view)).await;
     for (handle, view) in live {
         let known = known.entry(handle.id).or_default();
+        known.stands = Some(std::mem::discriminant(&view.phase));
         if view.record.spec.storage == Storage::Snapshot {
             next = next.min(tend_in_time(world, &view, known).await);
         }
-        let files = VmFiles::of(&world.paths, handle.id);
-        let (record, pid) = (
-            Arc::clone(&view.record),
-            view.attempt.as_ref().and_then(|attempt| attempt.vmm_pid),
-        );
-        let taken = tokio::task::spawn_blocking(move || {
-            taken(&files, record.spec.storage == Storage::Reflink, pid)
-        });
-        let taken = taken.await.unwrap_or_default();
-        let grew = known.taken.is_some_and(|before| taken > before);
-        known.taken = Some(taken);
+        let taken = measured.get(&handle.id).copied();
+        let grew = taken > known.taken && known.taken.is_some();
+        known.taken = taken.or(known.taken);
         let is = Is {
             grew,
             cramped: known.cramped,
@@ -253,6 +280,31 @@ fn intent(phase: &Phase, verdict: Verdict, is: Is) -> Intent {
 fn pauses_itself(view: &View) -> bool {
     let driver = view.attempt.as_ref().map(|attempt| attempt.driver);
     driver.is_some_and(|driver| capabilities(driver).pause_on_full_disk)
+}
+
+/// What each of these VMs has taken of the host.
+async fn measure(world: &World, views: impl Iterator<Item = &View>) -> HashMap<VmId, u64> {
+    let wanted: Vec<_> = views
+        .map(|view| {
+            let record = &view.record;
+            let pid = view.attempt.as_ref().and_then(|attempt| attempt.vmm_pid);
+            let shares_blocks = record.spec.storage == Storage::Reflink;
+            (
+                record.id,
+                VmFiles::of(&world.paths, record.id),
+                shares_blocks,
+                pid,
+            )
+        })
+        .collect();
+    if wanted.is_empty() {
+        return HashMap::new();
+    }
+    let measured = tokio::task::spawn_blocking(move || {
+        let of = |(id, files, shares_blocks, pid)| (id, taken(&files, shares_blocks, pid));
+        wanted.into_iter().map(of).collect()
+    });
+    measured.await.unwrap_or_default()
 }
 
 /// What a VM has taken of the host. Writes to shared blocks take room that no file shows, so there the VMM's own count
@@ -386,6 +438,30 @@ mod tests {
             ..IDLE
         };
         assert_eq!(of(Verdict::PauseAll, careful), Intent::Nothing);
+    }
+
+    #[test]
+    fn a_vm_that_stands_as_before_is_no_reason_to_look() {
+        let vm = VmId::from_uuid(uuid::Uuid::from_u128(1));
+        let mut known = HashMap::new();
+        assert!(is_news(&known, vm, &RUNNING));
+        let stands = Some(std::mem::discriminant(&RUNNING));
+        known.insert(
+            vm,
+            Known {
+                stands,
+                ..Known::default()
+            },
+        );
+        let booting = Phase::Running {
+            ready: false,
+            reachable: true,
+        };
+        assert!(!is_news(&known, vm, &RUNNING) && !is_news(&known, vm, &booting));
+        assert!(is_news(&known, vm, &paused(PausedBy::FullDisk)));
+        assert!(!is_news(&known, vm, &paused(PausedBy::Person)));
+        let other = VmId::from_uuid(uuid::Uuid::from_u128(2));
+        assert!(is_news(&known, other, &RUNNING));
     }
 
     #[test]

@@ -4,6 +4,8 @@ use crate::images::STAGING;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::paths::Paths;
 use banger_core::id::VmId;
+use banger_vmm::lock::try_lock;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// The paths inside a VM's folder.
@@ -72,6 +74,13 @@ impl VmFiles {
         self.run().join("exit.json")
     }
 
+    /// Whether no run left anything here and nobody may write to the disks. An error in looking says no.
+    pub(crate) fn are_at_rest(&self) -> bool {
+        let absent = |path: &Path| matches!(path.symlink_metadata(), Err(error) if error.kind() == ErrorKind::NotFound);
+        let lock = self.lock();
+        absent(&self.run()) && (absent(&lock) || try_lock(&lock).is_ok())
+    }
+
     pub(crate) fn config_drive(&self) -> PathBuf {
         self.run().join("config.img")
     }
@@ -96,4 +105,28 @@ pub(crate) fn io_error(action: &str, path: &Path, error: &std::io::Error) -> Err
             .hint("free some space and repeat the command");
     }
     ErrorBody::new(ErrorCode::Internal, message).caused_by(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vm_is_at_rest_when_its_lock_is_free_and_no_run_left_anything() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = VmFiles {
+            folder: folder.path().to_owned(),
+        };
+        assert!(files.are_at_rest(), "never started");
+        let held = try_lock(&files.lock()).unwrap();
+        assert!(!files.are_at_rest(), "somebody may write");
+        drop(held);
+        assert!(files.are_at_rest());
+        make_folder(&files.run()).unwrap();
+        assert!(!files.are_at_rest(), "a run was not cleared away");
+        std::fs::remove_dir(files.run()).unwrap();
+        std::fs::remove_file(files.lock()).unwrap();
+        std::os::unix::fs::symlink("/nonexistent", files.lock()).unwrap();
+        assert!(!files.are_at_rest(), "the lock cannot be tried");
+    }
 }

@@ -133,6 +133,13 @@ pub(crate) struct Handle {
 }
 
 impl Handle {
+    /// Of a VM without an actor.
+    #[cfg(test)]
+    pub(crate) fn deaf(id: VmId, view: watch::Receiver<View>) -> Self {
+        let (inbox, _) = mpsc::channel(1);
+        Self { id, inbox, view }
+    }
+
     /// Asks, and waits for the answer.
     pub(crate) async fn ask(&self, ask: Ask) -> Answer {
         use banger_api::error::ErrorCode;
