@@ -69,6 +69,12 @@ pub struct VmNetwork {
     pub nat: bool,
     /// The kernel lets it reach the internet now.
     pub nat_now: bool,
+    /// With NAT it may reach private networks as well.
+    #[serde(default)]
+    pub nat_private: bool,
+    /// The kernel lets it reach private networks now.
+    #[serde(default)]
+    pub nat_private_now: bool,
     /// Its published ports.
     pub ports: Vec<VmPort>,
     /// The VMs it is joined with, by name.

@@ -118,6 +118,8 @@ pub struct CreateVm {
     pub storage: StorageChoice,
     /// Whether its guest may reach the public internet.
     pub nat: bool,
+    /// Whether NAT leads to private networks as well, though never to the host itself.
+    pub nat_private: bool,
     /// Ports of the host that lead into it.
     pub ports: Vec<PublishedPort>,
     /// Start it when the host boots, if it was to run.
@@ -143,6 +145,8 @@ pub struct SetVm {
     pub disk_bytes: Option<u64>,
     /// Whether its guest may reach the public internet.
     pub nat: Option<bool>,
+    /// Whether NAT leads to private networks as well, though never to the host itself.
+    pub nat_private: Option<bool>,
     /// Whether it starts when the host boots.
     pub autostart: Option<bool>,
     /// The generation that the change is based on; another one now is a conflict.

@@ -461,7 +461,7 @@ fn the_verbs_about_the_network_send_what_they_say() {
     let sent = env.state("requests");
     for says in [
         "POST /v1/vms HTTP/1.1{\"autostart\":true,",
-        "\"nat\":true,\"overlay_bytes\":null,\"ports\":[{\"guest_port\":80,\"listen\":\"127.0.0.1:8080\",\"protocol\":\"tcp\"}]",
+        "\"nat\":true,\"nat_private\":false,\"overlay_bytes\":null,\"ports\":[{\"guest_port\":80,\"listen\":\"127.0.0.1:8080\",\"protocol\":\"tcp\"}]",
         "\"name\":\"owl\",\"nat\":false,",
         "PATCH /v1/vms/owl",
         "POST /v1/vms/fox/ports HTTP/1.1{\"guest_port\":5353,\"listen\":\"0.0.0.0:53\",\"protocol\":\"udp\"}",

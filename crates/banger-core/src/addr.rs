@@ -125,16 +125,18 @@ impl Pool {
     }
 
     /// The free pool of 172.16.0.0/12 that overlaps none of `routes` (a default route does not count).
-    /// `start` (any number) says where to begin to look, so that two users rarely meet.
+    /// `start` (any number) says where to begin to look, so that two users rarely meet. First of all come those that
+    /// Docker never takes for a network of its own: it has 172.17.0.0/16 to 172.31.0.0/16, and its routes come and go.
     pub fn find_free(routes: &[Ipv4Net], start: u32) -> Option<Self> {
         const POOLS: u32 = 1 << (Pool::PREFIX - 12);
+        const NOT_DOCKERS: u32 = 1 << (Pool::PREFIX - 16);
         let first = Ipv4Addr::new(172, 16, 0, 0).to_bits();
-        (0..POOLS)
-            .map(|step| {
-                Self::at(Ipv4Addr::from_bits(
-                    first + ((start.wrapping_add(step)) % POOLS) * 4096,
-                ))
-            })
+        let turn = |from: u32, count: u32| {
+            (0..count).map(move |step| from + (start % count + step) % count)
+        };
+        turn(0, NOT_DOCKERS)
+            .chain(turn(NOT_DOCKERS, POOLS - NOT_DOCKERS))
+            .map(|number| Self::at(Ipv4Addr::from_bits(first + number * 4096)))
             .find(|pool| {
                 routes
                     .iter()
@@ -187,6 +189,22 @@ mod tests {
         .unwrap();
         assert_eq!(pool.network().to_string(), "172.16.48.0/20");
         assert_eq!(Pool::find_free(&[net("172.0.0.0/8")], 3), None);
+        for start in [0, 5, 300, u32::MAX - 3] {
+            let pool = Pool::find_free(&[net("172.16.48.0/20")], start).unwrap();
+            assert!(
+                net("172.16.0.0/16").contains(pool.network().base()),
+                "{pool:?}"
+            );
+            let pool = Pool::find_free(&[net("172.16.0.0/16")], start).unwrap();
+            assert!(
+                net("172.16.0.0/12").contains(pool.network().base()),
+                "{pool:?}"
+            );
+            assert!(
+                !net("172.16.0.0/16").contains(pool.network().base()),
+                "{pool:?}"
+            );
+        }
     }
 
     #[test]

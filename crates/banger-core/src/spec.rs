@@ -179,6 +179,9 @@ pub struct VmSpec {
     /// Whether its guest may reach the public internet.
     #[serde(default)]
     pub nat: bool,
+    /// Whether NAT leads to private networks as well.
+    #[serde(default)]
+    pub nat_private: bool,
     /// Ports of the host that lead into the guest, in order, none twice.
     #[serde(default)]
     pub ports: BTreeSet<PublishedPort>,
@@ -213,6 +216,8 @@ pub struct BootPatch {
 pub struct LivePatch {
     /// Whether its guest may reach the public internet.
     pub nat: Option<bool>,
+    /// Whether NAT leads to private networks as well.
+    pub nat_private: Option<bool>,
     /// A port to publish.
     pub publish: Option<PublishedPort>,
     /// A port to close: protocol and place on the host.
@@ -241,6 +246,7 @@ impl VmSpec {
         spec.vcpus = boot.vcpus.unwrap_or(spec.vcpus);
         spec.memory_mib = boot.memory_mib.unwrap_or(spec.memory_mib);
         spec.nat = live.nat.unwrap_or(spec.nat);
+        spec.nat_private = live.nat_private.unwrap_or(spec.nat_private);
         spec.autostart = live.autostart.unwrap_or(spec.autostart);
         spec.ports.extend(live.publish.clone());
         if let Some(closed) = live.unpublish {
@@ -324,6 +330,21 @@ mod tests {
             Resolution::One(one) => one.0.to_owned(),
             Resolution::Many(many) => many.iter().map(|c| c.0).collect::<Vec<_>>().join(","),
         }
+    }
+
+    #[test]
+    fn a_spec_of_before_opens_nothing_that_it_did_not_know() {
+        let before = serde_json::json!({
+            "image": "0198c2a4-7d1e-7b3a-9c4d-1f2e3d4c5b6a",
+            "kernel": "0198c2a4-7d1e-7b3a-9c4d-1f2e3d4c5b6b",
+            "vcpus": 2, "memory_mib": 1024, "overlay_bytes": 8_589_934_592_u64, "disk_bytes": null,
+            "driver": "auto", "storage": "copy", "nat": true,
+        });
+        let spec: VmSpec = serde_json::from_value(before).unwrap();
+        assert!(spec.nat && !spec.nat_private);
+        let mut patch = VmSpecPatch::default();
+        patch.live.nat_private = Some(true);
+        assert!(patch.is_live() && spec.patched(&patch).nat_private);
     }
 
     #[test]

@@ -96,6 +96,7 @@ fn patch(request: &SetVm) -> Result<VmSpecPatch, ErrorBody> {
         },
         live: LivePatch {
             nat: request.nat,
+            nat_private: request.nat_private,
             autostart: request.autostart,
             ..LivePatch::default()
         },

@@ -107,6 +107,7 @@ pub(crate) fn draft(
         driver,
         storage,
         nat: request.nat,
+        nat_private: request.nat_private,
         ports,
         joins: BTreeSet::new(),
         autostart: request.autostart,

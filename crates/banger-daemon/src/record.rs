@@ -102,6 +102,7 @@ impl VmRecord {
             vm: self.id,
             address: self.address,
             nat: self.spec.nat,
+            nat_private: self.spec.nat_private,
             ports: self.spec.ports.clone(),
             joins: self.spec.joins.clone(),
         }

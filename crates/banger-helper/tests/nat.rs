@@ -195,6 +195,83 @@ fn only_guests_that_are_joined_reach_each_other() {
     assert!(list().is_empty(), "a port that goes takes its joins along");
 }
 
+#[test]
+fn private_networks_are_open_to_whom_they_were_opened_and_the_host_and_metadata_to_nobody() {
+    let Some(world) = World::new(
+        "private_networks_are_open_to_whom_they_were_opened_and_the_host_and_metadata_to_nobody",
+    ) else {
+        return;
+    };
+    const PRIVATE: [Ipv4Addr; 4] = [
+        Ipv4Addr::new(10, 1, 2, 3),
+        Ipv4Addr::new(100, 64, 0, 1),
+        Ipv4Addr::new(172, 20, 0, 1),
+        Ipv4Addr::new(192, 168, 1, 1),
+    ];
+    const OWN: Ipv4Addr = Ipv4Addr::new(192, 168, 7, 7);
+    world.uplink(&[SERVER, OWN]);
+    for address in CLOSED.iter().filter(|address| **address != POOL.host()) {
+        run(
+            "ip",
+            &["address", "add", &format!("{address}/32"), "dev", "lo"],
+        );
+    }
+    world.ask(NamespaceOp::SetHostAddresses {
+        addresses: vec![OWN],
+    });
+    let [one, two] = [1, 2].map(|number| Machine::new(&world, number));
+    let port = server();
+    let private = |on| {
+        world.ask(NamespaceOp::SetPrivate {
+            address: one.address(),
+            on,
+        });
+    };
+    // Not without NAT.
+    private(true);
+    assert!(!one.reaches((PRIVATE[0], port)));
+    world.set_nat(one.address(), true);
+    world.set_nat(two.address(), true);
+    let connections = PRIVATE.map(|address| one.connect((address, port)));
+    let public = one.connect((SERVER, port));
+    for connection in connections.iter().chain([&public]) {
+        assert_alive(connection, true);
+    }
+    for address in CLOSED.iter().filter(|address| !PRIVATE.contains(address)) {
+        assert!(!one.reaches((*address, port)), "{address}");
+    }
+    // The host, the addresses of guests that are not there, and the gateway.
+    let [a, b, c, _] = POOL.gateway().octets();
+    for address in [
+        OWN,
+        Ipv4Addr::new(a, b, c, 99),
+        POOL.gateway(),
+        POOL.uplink(),
+    ] {
+        assert!(!one.reaches((address, port)), "{address}");
+    }
+    two.serve(80);
+    assert!(!one.reaches((two.address(), 80)), "another guest");
+    assert!(!two.reaches((PRIVATE[0], port)), "what another was given");
+    let list = || match world.keeper.request(NamespaceOp::ListPrivate).unwrap().0 {
+        NamespaceAnswer::Nat { addresses } => addresses,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(list(), [one.address()]);
+
+    // Off again: also for what is open, and not for the internet.
+    private(false);
+    for connection in &connections {
+        assert_alive(connection, false);
+    }
+    assert!(!one.reaches((PRIVATE[0], port)));
+    assert_alive(&public, true);
+    private(true);
+    let tap = one.port.tap.clone();
+    world.ask(NamespaceOp::RemovePort { tap });
+    assert!(list().is_empty(), "a port that goes takes it along");
+}
+
 /// One datagram from each of `count` ports of the guest.
 fn speak(machine: &Machine, to: (Ipv4Addr, u16), count: usize) {
     machine.inside(|| {

@@ -102,6 +102,16 @@ pub enum NamespaceOp {
     },
     /// List who reaches the internet. Answers [`NamespaceAnswer::Nat`].
     ListNat,
+    /// Let a guest that has a port reach private networks as well, where it reaches the internet, or no longer: then its
+    /// connections there end too.
+    SetPrivate {
+        /// The guest's address.
+        address: Ipv4Addr,
+        /// Whether it may.
+        on: bool,
+    },
+    /// List who may reach private networks. Answers [`NamespaceAnswer::Nat`].
+    ListPrivate,
     /// Let two guests that have ports reach each other, or no longer: then the connections between them end too.
     SetJoin {
         /// The address of one.
@@ -155,6 +165,8 @@ impl NamespaceOp {
             Self::Connect { .. } => "connect",
             Self::SetNat { .. } => "set-nat",
             Self::ListNat => "list-nat",
+            Self::SetPrivate { .. } => "set-private",
+            Self::ListPrivate => "list-private",
             Self::SetJoin { .. } => "set-join",
             Self::ListJoins => "list-joins",
             Self::SetHostAddresses { .. } => "set-host-addresses",

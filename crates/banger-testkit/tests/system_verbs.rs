@@ -219,6 +219,23 @@ fn nat_holds_at_once_and_is_gone_with_the_vm() {
     assert_eq!(now(&env), (false, "closed".to_owned()));
     env.ok(&["nat", "up", "otter"]);
     assert_eq!(now(&env), (true, "open".to_owned()));
+    // Private networks by their own switch, which holds at once and stays.
+    let private = |env: &TestEnv| {
+        let status = env.json(&["nat", "status", "otter"]);
+        let vm = &status["vms"][0];
+        [&vm["nat_private"], &vm["nat_private_now"]].map(|on| *on == true)
+    };
+    assert_eq!(private(&env), [false, false]);
+    let up = env.ok(&["nat", "up", "otter", "--private"]);
+    assert_eq!(up, "otter: NAT is on, for private networks too\n");
+    assert_eq!(private(&env), [true, true]);
+    assert_eq!(
+        env.json(&["vm", "show", "otter"])["spec"]["nat_private"],
+        true
+    );
+    env.ok(&["vm", "set", "otter", "--nat-private", "off"]);
+    assert_eq!(private(&env), [false, false]);
+    assert_eq!(now(&env), (true, "open".to_owned()));
     env.ok(&["vm", "stop", "otter"]);
     assert_eq!(now(&env), (false, "closed".to_owned()));
     let up = env.ok(&["nat", "up", "otter"]);

@@ -13,7 +13,8 @@ use banger_api::vm::{SetVm, Vm};
 /// Let guests reach the internet, or not
 ///
 /// A new VM has no NAT. With it, its guest reaches the public internet and nothing else: not the host, not other VMs,
-/// not the networks around. A change holds at once, also for connections that are open.
+/// not the networks around, unless `--private` opens those too. A change holds at once, also for connections that are
+/// open.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum NatCommand {
     Up(UpArgs),
@@ -33,8 +34,13 @@ struct Vms {
 
 /// Let guests reach the public internet
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Examples:\n  banger nat up otter fox")]
+#[command(after_help = "Examples:
+  banger nat up otter fox
+  banger nat up otter --private             The networks around, too (`banger vm set otter --nat-private off` ends it)")]
 pub(crate) struct UpArgs {
+    /// Private networks as well, such as that of your office, though never this host itself
+    #[arg(long)]
+    private: bool,
     #[command(flatten)]
     vms: Vms,
 }
@@ -60,17 +66,18 @@ pub(crate) struct StatusArgs {
 
 pub(crate) fn run(command: NatCommand) -> Outcome {
     match command {
-        NatCommand::Up(args) => switch(args.vms, true),
-        NatCommand::Down(args) => switch(args.vms, false),
+        NatCommand::Up(args) => switch(args.vms, true, args.private),
+        NatCommand::Down(args) => switch(args.vms, false, false),
         NatCommand::Status(args) => status(args),
     }
 }
 
-fn switch(args: Vms, nat: bool) -> Outcome {
+fn switch(args: Vms, nat: bool, private: bool) -> Outcome {
     with_daemon(async |_, daemon| {
         let call = |client: banger_api::client::Client, name: String| async move {
             let request = SetVm {
                 nat: Some(nat),
+                nat_private: private.then_some(true),
                 ..SetVm::default()
             };
             let vm = client.call::<PatchVm>(&[("vm", &name)], &request).await?;
@@ -87,7 +94,13 @@ fn line(vm: &Vm) -> String {
         (true, false) => "NAT is on from its next start",
         (false, _) => "NAT is off",
     };
-    format!("{}: {text}\n", vm.name)
+    let private = vm.spec.nat && vm.spec.nat_private;
+    let more = if private {
+        ", for private networks too"
+    } else {
+        ""
+    };
+    format!("{}: {text}{more}\n", vm.name)
 }
 
 fn status(args: StatusArgs) -> Outcome {
@@ -113,17 +126,24 @@ fn render(status: &NetworkStatus) -> String {
         }
         WayOut::Failed { why } => format!("failed: {why}"),
     };
-    let word = |on| if on { "on" } else { "off" }.to_owned();
-    let now = |vm: &VmNetwork| match (vm.live, vm.nat, vm.nat_now) {
-        (false, ..) => "not running".to_owned(),
-        (true, wanted, now) if wanted == now => word(now),
-        (true, _, now) => format!("{} (`banger doctor --repair`)", word(now)),
+    let word = |on, private| match (on, private) {
+        (true, true) => "private".to_owned(),
+        (true, false) => "on".to_owned(),
+        (false, _) => "off".to_owned(),
+    };
+    let now = |vm: &VmNetwork| {
+        let now = word(vm.nat_now, vm.nat_private_now);
+        match vm.live {
+            false => "not running".to_owned(),
+            true if now == word(vm.nat, vm.nat_private) => now,
+            true => format!("{now} (`banger doctor --repair`)"),
+        }
     };
     let rows = status.vms.iter().map(|vm| {
         vec![
             vm.name.to_string(),
             vm.address.to_string(),
-            word(vm.nat),
+            word(vm.nat, vm.nat_private),
             now(vm),
         ]
     });

@@ -346,6 +346,7 @@ impl Actor {
             }
         }
         if let Some(namespace) = &mut self.namespace {
+            namespace.set_private(plan.address, plan.nat_private)?;
             namespace.set_nat(plan.address, plan.nat)?;
         }
         self.close_way_out()
@@ -536,6 +537,7 @@ impl Actor {
         namespace.look()?;
         now.ports = namespace.ports()?;
         now.nat = namespace.nat.iter().copied().collect();
+        now.private = namespace.private.iter().copied().collect();
         now.published = namespace.publications()?;
         if let Some(NamespaceAnswer::Counters { dropped, repairs }) =
             namespace.known(NamespaceOp::Counters)?

@@ -71,6 +71,7 @@ pub(crate) struct Now {
     pub(crate) keeper: Option<i32>,
     pub(crate) ports: Vec<PortState>,
     pub(crate) nat: Vec<Ipv4Addr>,
+    pub(crate) private: Vec<Ipv4Addr>,
     pub(crate) published: Vec<PublicationState>,
     pub(crate) dropped: BTreeMap<String, Dropped>,
     pub(crate) repairs: u64,

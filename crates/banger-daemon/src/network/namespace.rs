@@ -24,6 +24,8 @@ pub(super) struct Namespace {
     /// Bridge, ruleset and veth are there.
     pub(super) prepared: bool,
     pub(super) nat: BTreeSet<Ipv4Addr>,
+    /// Who of them reaches private networks, too.
+    pub(super) private: BTreeSet<Ipv4Addr>,
     pub(super) joins: BTreeSet<(Ipv4Addr, Ipv4Addr)>,
     pub(super) published: BTreeMap<Place, Publication>,
 }
@@ -43,6 +45,7 @@ impl Namespace {
             user: namespaces.next(),
             prepared: false,
             nat: BTreeSet::new(),
+            private: BTreeSet::new(),
             joins: BTreeSet::new(),
             published: BTreeMap::new(),
         };
@@ -75,6 +78,11 @@ impl Namespace {
     /// Measures what is in it. What a keeper of an earlier version does not know, it has not.
     pub(super) fn look(&mut self) -> Result<(), NetworkError> {
         self.nat = match self.known(NamespaceOp::ListNat)? {
+            Some(NamespaceAnswer::Nat { addresses }) => addresses.into_iter().collect(),
+            Some(_) => return Err(NetworkError::Answer),
+            None => BTreeSet::new(),
+        };
+        self.private = match self.known(NamespaceOp::ListPrivate)? {
             Some(NamespaceAnswer::Nat { addresses }) => addresses.into_iter().collect(),
             Some(_) => return Err(NetworkError::Answer),
             None => BTreeSet::new(),
@@ -125,6 +133,20 @@ impl Namespace {
             self.nat.insert(address);
         } else {
             self.nat.remove(&address);
+        }
+        Ok(())
+    }
+
+    /// As [`Namespace::set_nat`], for private networks.
+    pub(super) fn set_private(&mut self, address: Ipv4Addr, on: bool) -> Result<(), NetworkError> {
+        if self.private.contains(&address) == on {
+            return Ok(());
+        }
+        self.request(NamespaceOp::SetPrivate { address, on })?;
+        if on {
+            self.private.insert(address);
+        } else {
+            self.private.remove(&address);
         }
         Ok(())
     }
@@ -193,6 +215,7 @@ impl Namespace {
         self.published
             .retain(|_, publication| publication.tap != tap);
         self.nat.remove(&address);
+        self.private.remove(&address);
         self.joins
             .retain(|&(one, other)| one != address && other != address);
     }

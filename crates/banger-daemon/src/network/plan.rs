@@ -13,6 +13,7 @@ pub(crate) struct PortPlan {
     pub(crate) vm: VmId,
     pub(crate) address: Ipv4Addr,
     pub(crate) nat: bool,
+    pub(crate) nat_private: bool,
     pub(crate) ports: BTreeSet<PublishedPort>,
     pub(crate) joins: BTreeSet<VmId>,
 }
@@ -69,7 +70,7 @@ impl Part {
         let published = patch.publish.as_ref();
         let published = published.map(|port| (port.protocol, port.listen));
         let places = published.into_iter().chain(patch.unpublish);
-        let nat = patch.nat.map(|_| Self::Nat);
+        let nat = patch.nat.or(patch.nat_private).map(|_| Self::Nat);
         let joins = patch.join.or(patch.leave).map(|_| Self::Joins);
         places.map(Self::Port).chain(nat).chain(joins).collect()
     }
@@ -127,6 +128,7 @@ mod tests {
             vm: id(number),
             address: Ipv4Addr::new(172, 16, 0, number),
             nat: false,
+            nat_private: false,
             ports: BTreeSet::new(),
             joins: joins.iter().map(|other| id(*other)).collect(),
         }

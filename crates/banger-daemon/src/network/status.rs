@@ -50,6 +50,8 @@ pub(crate) async fn status(app: &App) -> Result<NetworkStatus, ErrorBody> {
                 live,
                 nat: record.spec.nat,
                 nat_now: now.nat.contains(&record.address),
+                nat_private: record.spec.nat_private,
+                nat_private_now: now.private.contains(&record.address),
                 ports: record
                     .spec
                     .ports

@@ -186,7 +186,9 @@ impl Namespace {
             NamespaceOp::RemovePort { tap } => network.remove_port(tap)?,
             NamespaceOp::ListPorts => network.list_ports()?,
             NamespaceOp::SetNat { address, on } => network.set_nat(*address, *on)?,
-            NamespaceOp::ListNat => network.list_nat()?,
+            NamespaceOp::ListNat => network.list_guests(Set::NatVms)?,
+            NamespaceOp::SetPrivate { address, on } => network.set_private(*address, *on)?,
+            NamespaceOp::ListPrivate => network.list_guests(Set::PrivateVms)?,
             NamespaceOp::SetJoin { one, other, on } => network.set_join(*one, *other, *on)?,
             NamespaceOp::ListJoins => network.list_joins()?,
             NamespaceOp::SetHostAddresses { addresses } => network.set_host_addresses(addresses)?,
@@ -411,6 +413,35 @@ impl Network<'_> {
         Ok(NamespaceAnswer::Done)
     }
 
+    fn set_private(
+        &mut self,
+        address: Ipv4Addr,
+        on: bool,
+    ) -> Result<NamespaceAnswer, NamespaceError> {
+        if on {
+            self.require_guest(address)?;
+        }
+        let changed = self.ruleset.change(&mut self.rules, |elements| {
+            elements.set_private(address, on)
+        });
+        if on && changed.is_err() {
+            let _ = self.ruleset.change(&mut self.rules, |elements| {
+                elements.set_private(address, false)
+            });
+        }
+        if !on && let Some(shape) = self.ruleset.shape() {
+            let inside = shape.pool.network();
+            // Those to the public internet, to other guests and to the name server stay.
+            let is_shared = |to: Ipv4Addr| to.octets()[0] == 100 && to.octets()[1] & 0xc0 == 64;
+            let is_private = |to: Ipv4Addr| to.is_private() || is_shared(to);
+            forget_connections(|from, to| {
+                from == address && is_private(to) && !inside.contains(to)
+            });
+        }
+        changed?;
+        Ok(NamespaceAnswer::Done)
+    }
+
     fn set_join(
         &mut self,
         one: Ipv4Addr,
@@ -456,8 +487,8 @@ impl Network<'_> {
         Ok(NamespaceAnswer::Done)
     }
 
-    fn list_nat(&mut self) -> Result<NamespaceAnswer, NamespaceError> {
-        let keys = self.rules.keys(Set::NatVms)?;
+    fn list_guests(&mut self, set: Set) -> Result<NamespaceAnswer, NamespaceError> {
+        let keys = self.rules.keys(set)?;
         let addresses = keys.iter().filter_map(|key| decode_address(key)).collect();
         Ok(NamespaceAnswer::Nat { addresses })
     }

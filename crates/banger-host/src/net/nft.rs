@@ -24,7 +24,8 @@ const MASQUERADE: &str = include_str!("masquerade.nft");
 const TABLE: &[u8] = b"banger";
 const LOAD_TIMEOUT: Duration = Duration::from_secs(10);
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
-const CLOSED: &[u8] = b"closed";
+/// What does not change: which networks are what.
+const NETWORKS: [&[u8]; 2] = [b"closed", b"private_networks"];
 
 /// The ruleset could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -149,8 +150,10 @@ impl Rules {
                 fingerprint.rules += 1;
             }
         }
-        for key in self.elements(INET, CLOSED)? {
-            fingerprint.checksum = crc32c::crc32c_append(fingerprint.checksum, &key);
+        for set in NETWORKS {
+            for key in self.elements(INET, set)? {
+                fingerprint.checksum = crc32c::crc32c_append(fingerprint.checksum, &key);
+            }
         }
         Ok(fingerprint)
     }
@@ -320,11 +323,12 @@ fn script(shape: Shape, elements: &Elements) -> String {
     let Shape { pool, masquerade } = shape;
     let masquerade = if masquerade { MASQUERADE } else { "" };
     format!(
-        "define host_address = {}\ndefine gateway = {}\ndefine guests = {}\n\
+        "define host_address = {}\ndefine gateway = {}\ndefine guests = {}\ndefine pool = {}\n\
          {RULES}{masquerade}{}",
         pool.host(),
         pool.gateway(),
         pool.guests(),
+        pool.network(),
         elements.script()
     )
 }

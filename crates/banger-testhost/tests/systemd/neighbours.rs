@@ -12,6 +12,8 @@ use std::time::Instant;
 const VM: &str = "calm";
 /// A server of the internet, which tells who asks.
 const SERVER: &str = "8.8.4.4";
+/// A server of a private network behind the same router.
+const PRIVATE: &str = "192.168.77.1";
 /// The host's address on it.
 const HOST: &str = "198.51.100.1";
 
@@ -23,12 +25,13 @@ fn go_online() {
          ip addr add 198.51.100.1/24 dev wan0 && ip link set wan0 up
          ip -n internet link set lo up && ip -n internet link set net0 up
          ip -n internet addr add 198.51.100.2/24 dev net0 && ip -n internet addr add 8.8.4.4/32 dev lo
+         ip -n internet addr add 192.168.77.1/32 dev lo
          ip route add default via 198.51.100.2",
     );
     let namespace = std::fs::File::open("/run/netns/internet").unwrap();
     std::thread::spawn(move || {
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
-        let listener = TcpListener::bind((SERVER, 80)).unwrap();
+        let listener = TcpListener::bind("0.0.0.0:80").unwrap();
         while let Ok((mut stream, from)) = listener.accept() {
             // Whoever went away meanwhile hears nothing.
             let _ = writeln!(stream, "you are {}", from.ip());
@@ -170,6 +173,19 @@ impl Beside {
         self.say(owner);
     }
 
+    fn reaches_private_networks_when_asked(&self) {
+        let heard = || {
+            let line = format!("nc -w 3 {PRIVATE} 80 < /dev/null 2>&1 || true");
+            self.world.ssh(VM, &line)
+        };
+        assert!(!heard().contains("you are"));
+        self.world.banger(&["nat", "up", VM, "--private"]);
+        assert_eq!(heard(), format!("you are {HOST}\n"));
+        self.world
+            .banger(&["vm", "set", VM, "--nat-private", "off"]);
+        self.reaches();
+    }
+
     fn goes_down_and_up(&self) {
         let opened = their_rules();
         self.world.banger(&["nat", "down", VM]);
@@ -238,6 +254,7 @@ fn a_vm_lives_beside_docker_ufw_firewalld_and_a_closed_ruleset() {
     assert_eq!(their_rules(), before.0);
     beside.is_opened_as_told("Docker");
     beside.goes_down_and_up();
+    beside.reaches_private_networks_when_asked();
     containers_work();
     // It is started anew on a host that is a router for the VM's sake alone.
     root("docker stop --time 1 one two && echo 0 > /proc/sys/net/ipv4/ip_forward");

@@ -59,6 +59,9 @@ pub(crate) struct CreateArgs {
     /// Let its guest reach the public internet (`banger nat` changes it later)
     #[arg(long)]
     nat: bool,
+    /// With NAT, let it reach private networks as well, though never this host itself
+    #[arg(long, requires = "nat")]
+    nat_private: bool,
     /// Lead a port of the host into it; may be repeated (`banger port` changes it later)
     ///
     /// Without an address the host listens on 127.0.0.1 alone.
@@ -180,6 +183,7 @@ fn request(args: &CreateArgs) -> CreateVm {
         },
         storage: args.storage.choice(),
         nat: args.nat,
+        nat_private: args.nat_private,
         ports: args.publish.clone(),
         autostart: args.autostart,
         start: !args.no_start,
@@ -236,6 +240,7 @@ mod tests {
     fn ports_nat_and_autostart_are_asked_for_by_name() {
         let words = [
             "--nat",
+            "--nat-private",
             "-p",
             "8080:80",
             "--publish",
@@ -245,7 +250,7 @@ mod tests {
         let request = parse(&words).unwrap();
         let ports: Vec<String> = request.ports.iter().map(ToString::to_string).collect();
         assert_eq!(ports, ["127.0.0.1:8080:80/tcp", "0.0.0.0:53:5353/udp"]);
-        assert!(request.nat && request.autostart);
+        assert!(request.nat && request.nat_private && request.autostart);
     }
 
     #[test]

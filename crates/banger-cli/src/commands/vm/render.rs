@@ -128,11 +128,16 @@ fn switch(on: bool) -> &'static str {
 
 /// Whether the guest may reach the internet, and whether the kernel sees it the same way.
 fn nat(vm: &Vm, now: Option<&VmNetwork>) -> String {
-    let wanted = switch(vm.spec.nat);
+    let word = |on, private| match (on, private) {
+        (true, true) => "on, private networks too",
+        _ => switch(on),
+    };
+    let wanted = word(vm.spec.nat, vm.spec.nat_private);
     match now {
-        Some(now) if now.live && now.nat_now != vm.spec.nat => {
-            format!("{wanted} ({} now)", switch(now.nat_now))
-        }
+        Some(now) if now.live => match word(now.nat_now, now.nat_private_now) {
+            is if is == wanted => wanted.to_owned(),
+            is => format!("{wanted} ({is} now)"),
+        },
         _ => wanted.to_owned(),
     }
 }
@@ -380,6 +385,8 @@ pub(super) mod tests {
             live: true,
             nat: true,
             nat_now: false,
+            nat_private: false,
+            nat_private_now: false,
             ports: vec![VmPort {
                 port,
                 open: false,

@@ -19,7 +19,7 @@ use clap::ValueEnum;
 #[derive(Debug, clap::Args)]
 #[command(override_usage = "banger vm set [OPTIONS] <NAME>")]
 #[command(group = clap::ArgGroup::new("change")
-    .args(["vcpu", "memory", "name", "image", "disk_size", "nat", "autostart"])
+    .args(["vcpu", "memory", "name", "image", "disk_size", "nat", "nat_private", "autostart"])
     .required(true)
     .multiple(true))]
 #[command(after_help = "Examples:
@@ -50,6 +50,9 @@ pub(crate) struct SetArgs {
     /// Whether its guest may reach the public internet
     #[arg(long, value_enum)]
     nat: Option<Switch>,
+    /// Whether NAT leads to private networks as well, though never to this host itself
+    #[arg(long, value_enum)]
+    nat_private: Option<Switch>,
     /// Whether it starts when the host boots, if it was running before
     #[arg(long, value_enum)]
     autostart: Option<Switch>,
@@ -91,7 +94,7 @@ pub(crate) fn run(args: SetArgs) -> Outcome {
                 vm.name
             ));
         }
-        if request.nat == Some(true) {
+        if request.nat == Some(true) || request.nat_private == Some(true) {
             network::warn_about(&daemon.client, &vm).await;
         }
         if args.output.json {
@@ -112,6 +115,7 @@ fn request(args: &SetArgs) -> SetVm {
         image: args.image.clone(),
         disk_bytes: args.disk_size,
         nat: args.nat.map(on),
+        nat_private: args.nat_private.map(on),
         autostart: args.autostart.map(on),
         generation: None,
     }
@@ -146,6 +150,8 @@ mod tests {
         let request = parse(&["--disk-size", "32G", "--image", "web"]).unwrap();
         assert_eq!(request.disk_bytes, Some(32 << 30));
         assert_eq!(request.image.as_deref(), Some("web"));
+        let request = parse(&["--nat-private", "on"]).unwrap();
+        assert_eq!((request.nat, request.nat_private), (None, Some(true)));
     }
 
     #[test]

@@ -17,6 +17,8 @@ pub enum Set {
     Ports,
     /// Who reaches the internet.
     NatVms,
+    /// Who of them reaches private networks, too.
+    PrivateVms,
     /// Who reaches whom, as IPv4 is routed.
     Joins,
     /// Who may ask for whose address.
@@ -27,9 +29,10 @@ pub enum Set {
 
 impl Set {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Ports,
         Self::NatVms,
+        Self::PrivateVms,
         Self::Joins,
         Self::ArpJoins,
         Self::HostAddresses,
@@ -41,6 +44,7 @@ impl Set {
             Self::Ports => (true, "ports"),
             Self::ArpJoins => (true, "joins"),
             Self::NatVms => (false, "nat_vms"),
+            Self::PrivateVms => (false, "private_vms"),
             Self::Joins => (false, "joins"),
             Self::HostAddresses => (false, "host_addresses"),
         }
@@ -63,6 +67,8 @@ pub struct Elements {
     pub ports: BTreeMap<String, Port>,
     /// Guests.
     pub nat_vms: BTreeSet<Ipv4Addr>,
+    /// Guests.
+    pub private_vms: BTreeSet<Ipv4Addr>,
     /// Pairs of guests, the lower address first.
     pub joins: BTreeSet<(Ipv4Addr, Ipv4Addr)>,
     /// Of the host.
@@ -115,6 +121,9 @@ impl Elements {
         change
             .remove
             .extend(self.set_nat(port.address, false).remove);
+        change
+            .remove
+            .extend(self.set_private(port.address, false).remove);
         let joined =
             |pair: &&(Ipv4Addr, Ipv4Addr)| pair.0 == port.address || pair.1 == port.address;
         let joins: Vec<_> = self.joins.iter().filter(joined).copied().collect();
@@ -134,6 +143,17 @@ impl Elements {
             self.nat_vms.remove(&address)
         };
         let elements = vec![of_address(Set::NatVms, address)];
+        change(changed, on, elements)
+    }
+
+    /// Lets a guest with NAT reach private networks, or not.
+    pub fn set_private(&mut self, address: Ipv4Addr, on: bool) -> Change {
+        let changed = if on {
+            self.private_vms.insert(address)
+        } else {
+            self.private_vms.remove(&address)
+        };
+        let elements = vec![of_address(Set::PrivateVms, address)];
         change(changed, on, elements)
     }
 
@@ -170,6 +190,7 @@ impl Elements {
         match set {
             Set::Ports => self.ports.values().map(of_port).collect(),
             Set::NatVms => addresses(&self.nat_vms),
+            Set::PrivateVms => addresses(&self.private_vms),
             Set::HostAddresses => addresses(&self.host_addresses),
             Set::Joins | Set::ArpJoins => {
                 let joins = self.joins.iter();
@@ -188,8 +209,13 @@ impl Elements {
                 port.tap, port.mac, port.address
             );
         }
-        for address in &self.nat_vms {
-            let _ = writeln!(script, "add element inet banger nat_vms {{ {address} }}");
+        for (set, addresses) in [
+            ("nat_vms", &self.nat_vms),
+            ("private_vms", &self.private_vms),
+        ] {
+            for address in addresses {
+                let _ = writeln!(script, "add element inet banger {set} {{ {address} }}");
+            }
         }
         for (one, other) in &self.joins {
             for family in ["inet", "bridge"] {
@@ -289,6 +315,7 @@ mod tests {
         Elements {
             ports: BTreeMap::from([(port().tap, port())]),
             nat_vms: BTreeSet::from([one]),
+            private_vms: BTreeSet::from([one]),
             joins: BTreeSet::from([(one, other)]),
             host_addresses: BTreeSet::from([Ipv4Addr::new(8, 8, 8, 8)]),
         }
@@ -326,8 +353,14 @@ mod tests {
     fn a_port_that_goes_takes_its_guest_out_of_every_set() {
         let mut elements = elements();
         let change = elements.remove_port(&port().tap);
-        assert_eq!((change.remove.len(), change.add.len()), (6, 0));
-        for set in [Set::Ports, Set::NatVms, Set::Joins, Set::ArpJoins] {
+        assert_eq!((change.remove.len(), change.add.len()), (7, 0));
+        for set in [
+            Set::Ports,
+            Set::NatVms,
+            Set::PrivateVms,
+            Set::Joins,
+            Set::ArpJoins,
+        ] {
             assert!(elements.of(set).is_empty(), "{set:?}");
         }
         assert!(elements.remove_port(&port().tap).is_empty());
@@ -341,7 +374,7 @@ mod tests {
         let change = elements.set_port(&moved);
         assert_eq!(
             (change.remove.len(), change.add),
-            (6, vec![of_port(&moved)])
+            (7, vec![of_port(&moved)])
         );
         assert_eq!(elements.port_of(moved.address), Some(&moved));
         assert_eq!(elements.port_of(port().address), None);
@@ -367,6 +400,7 @@ mod tests {
             elements().script(),
             "add element bridge banger ports { \"bt0123456789ab\" . 06:01:02:03:04:05 . 172.16.0.2 }\n\
              add element inet banger nat_vms { 172.16.0.2 }\n\
+             add element inet banger private_vms { 172.16.0.2 }\n\
              add element inet banger joins { 172.16.0.2 . 172.16.0.3, 172.16.0.3 . 172.16.0.2 }\n\
              add element bridge banger joins { 172.16.0.2 . 172.16.0.3, 172.16.0.3 . 172.16.0.2 }\n\
              add element inet banger host_addresses { 8.8.8.8 }\n"
