@@ -125,17 +125,26 @@ impl Pool {
     }
 
     /// The free pool of 172.16.0.0/12 that overlaps none of `routes` (a default route does not count).
-    /// `start` (any number) says where to begin to look, so that two users rarely meet. First of all come those that
-    /// Docker never takes for a network of its own: it has 172.17.0.0/16 to 172.31.0.0/16, and its routes come and go.
+    /// `start` (any number) says where to begin to look, so that two users rarely meet. First come those that Docker
+    /// never takes for a network of its own, and those that it takes last: it begins with 172.17.0.0/16, and its routes
+    /// come and go.
     pub fn find_free(routes: &[Ipv4Net], start: u32) -> Option<Self> {
         const POOLS: u32 = 1 << (Pool::PREFIX - 12);
-        const NOT_DOCKERS: u32 = 1 << (Pool::PREFIX - 16);
+        /// 172.17.0.0/16 to 172.23.0.0/16.
+        const DOCKERS_FIRST: std::ops::Range<u32> = 16..128;
+        const DOCKERS: u32 = DOCKERS_FIRST.end - DOCKERS_FIRST.start;
+        const OTHERS: u32 = POOLS - DOCKERS;
         let first = Ipv4Addr::new(172, 16, 0, 0).to_bits();
-        let turn = |from: u32, count: u32| {
-            (0..count).map(move |step| from + (start % count + step) % count)
-        };
-        turn(0, NOT_DOCKERS)
-            .chain(turn(NOT_DOCKERS, POOLS - NOT_DOCKERS))
+        let others = (0..OTHERS)
+            .map(|step| (start % OTHERS + step) % OTHERS)
+            .map(|number| match number < DOCKERS_FIRST.start {
+                true => number,
+                false => number + DOCKERS,
+            });
+        let dockers =
+            (0..DOCKERS).map(|step| DOCKERS_FIRST.start + (start % DOCKERS + step) % DOCKERS);
+        others
+            .chain(dockers)
             .map(|number| Self::at(Ipv4Addr::from_bits(first + number * 4096)))
             .find(|pool| {
                 routes
@@ -189,21 +198,20 @@ mod tests {
         .unwrap();
         assert_eq!(pool.network().to_string(), "172.16.48.0/20");
         assert_eq!(Pool::find_free(&[net("172.0.0.0/8")], 3), None);
-        for start in [0, 5, 300, u32::MAX - 3] {
-            let pool = Pool::find_free(&[net("172.16.48.0/20")], start).unwrap();
-            assert!(
-                net("172.16.0.0/16").contains(pool.network().base()),
-                "{pool:?}"
-            );
-            let pool = Pool::find_free(&[net("172.16.0.0/16")], start).unwrap();
-            assert!(
-                net("172.16.0.0/12").contains(pool.network().base()),
-                "{pool:?}"
-            );
-            assert!(
-                !net("172.16.0.0/16").contains(pool.network().base()),
-                "{pool:?}"
-            );
+    }
+
+    #[test]
+    fn a_pool_is_one_that_docker_takes_only_when_nothing_else_is_left() {
+        let early = |pool: Pool| (17..24).contains(&pool.network().base().octets()[1]);
+        let free: std::collections::BTreeSet<_> = (0..1000)
+            .map(|start| Pool::find_free(&[], start).unwrap())
+            .inspect(|pool| assert!(!early(*pool), "{pool:?}"))
+            .map(|pool| pool.network().base())
+            .collect();
+        assert_eq!(free.len(), 144);
+        let rest = [net("172.16.0.0/16"), net("172.24.0.0/13")];
+        for start in [0, 5, 300, u32::MAX] {
+            assert!(early(Pool::find_free(&rest, start).unwrap()));
         }
     }
 

@@ -8,6 +8,7 @@ mod machine;
 use banger_host::host_side::{HelperClient, HelperError, MAX_INSTANCES};
 use banger_host::net::seqpacket::{self, Place};
 use banger_host::op::{HostAnswer, HostOp, HostReply};
+use banger_host::seldom;
 use machine::{Instance, Machine, SERVER, forwards, run, sh, wait_for};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::process::{Pid, Signal, Uid};
@@ -668,6 +669,16 @@ fn the_helper_repairs_what_is_flushed_also_after_it_was_killed() {
         started.elapsed()
     );
     assert!(instance.reach(&machine.internet, SERVER).is_some());
+    // Whoever does so all the time does not fill the log.
+    for _ in 0..20 {
+        sh("nft flush ruleset");
+        wait_for("the rules", || rules() == whole);
+    }
+    let log = helper.log();
+    let lines = log.matches("put the rules of instance").count();
+    // One at once, and one in each pause, however slow this machine is.
+    let most = 1 + started.elapsed().as_secs() / seldom::PAUSE.as_secs();
+    assert!((1..=most).contains(&(lines as u64)), "{log}");
 
     rustix::process::kill_process(
         Pid::from_raw(helper.child.id().cast_signed()).unwrap(),

@@ -15,6 +15,7 @@ use world::{World, as_root, run, wait_for};
 
 const SERVER: Ipv4Addr = Ipv4Addr::new(8, 8, 4, 4);
 const HOST: Ipv4Addr = Ipv4Addr::new(203, 0, 112, 5);
+const PRIVATE: Ipv4Addr = Ipv4Addr::new(10, 1, 2, 3);
 const ROUTER: Ipv4Addr = Ipv4Addr::new(203, 0, 112, 1);
 
 /// A rootless world whose host has `pasta`, a default route and the server's address.
@@ -120,6 +121,20 @@ fn an_ordinary_users_guest_reaches_the_internet_by_pasta_and_not_the_host() {
     for address in [HOST, ROUTER, Ipv4Addr::LOCALHOST] {
         assert!(!machine.reaches((address, port)), "{address}");
     }
+    // A private network only by its own switch.
+    as_root(|| {
+        run(
+            "ip",
+            &["address", "add", &format!("{PRIVATE}/32"), "dev", "lo"],
+        );
+    });
+    assert!(!machine.reaches((PRIVATE, port)));
+    world.ask(NamespaceOp::SetPrivate {
+        address: machine.address(),
+        on: true,
+    });
+    assert_alive(&machine.connect((PRIVATE, port)), true);
+    assert!(!machine.reaches((ROUTER, port)));
     let addresses = vec![SERVER, HOST];
     world.ask(NamespaceOp::SetHostAddresses { addresses });
     assert_alive(&connection, false);
