@@ -362,6 +362,24 @@ fn one_guest_opens_connections_to_the_internet_at_a_bounded_pace() {
 }
 
 #[test]
+fn a_stream_that_nobody_answers_is_one_connection_however_much_it_sends() {
+    let name = "a_stream_that_nobody_answers_is_one_connection_however_much_it_sends";
+    let Some(world) = World::new(name) else {
+        return;
+    };
+    world.uplink(&[SERVER]);
+    let one = Machine::new(&world, 1);
+    world.set_nat(one.address(), true);
+    one.inside(|| {
+        let socket = UdpSocket::bind((one.address(), 0)).unwrap();
+        for _ in 0..10_000 {
+            socket.send_to(b"hello", (SERVER, 9)).unwrap();
+        }
+    });
+    assert_eq!(world.counters()["crowd_dropped"], 0);
+}
+
+#[test]
 fn who_has_no_port_gets_neither_nat_nor_a_join() {
     let Some(world) = World::new("who_has_no_port_gets_neither_nat_nor_a_join") else {
         return;
