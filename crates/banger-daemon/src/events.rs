@@ -2,7 +2,7 @@
 
 use banger_api::event::{Cursor, Event, EventKind};
 use std::collections::VecDeque;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::broadcast;
 
 /// How many events are kept, and how far a reader may lag.
@@ -13,13 +13,14 @@ const KEPT: usize = 1024;
 pub(crate) struct Hub {
     epoch: u64,
     state: Mutex<State>,
-    sender: broadcast::Sender<Event>,
+    /// The very events that are kept: one names a whole VM, and all readers share it.
+    sender: broadcast::Sender<Arc<Event>>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     sequence: u64,
-    kept: VecDeque<Event>,
+    kept: VecDeque<Arc<Event>>,
 }
 
 impl Hub {
@@ -36,17 +37,17 @@ impl Hub {
     pub(crate) fn publish(&self, kind: EventKind) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.sequence += 1;
-        let event = Event {
+        let event = Arc::new(Event {
             cursor: Cursor {
                 epoch: self.epoch,
                 sequence: state.sequence,
             },
             kind,
-        };
+        });
         if state.kept.len() == KEPT {
             state.kept.pop_front();
         }
-        state.kept.push_back(event.clone());
+        state.kept.push_back(Arc::clone(&event));
         // Nobody may be listening.
         let _ = self.sender.send(event);
     }
@@ -55,7 +56,7 @@ impl Hub {
     pub(crate) fn follow(
         &self,
         after: Option<&Cursor>,
-    ) -> (Vec<Event>, broadcast::Receiver<Event>) {
+    ) -> (Vec<Arc<Event>>, broadcast::Receiver<Arc<Event>>) {
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let receiver = self.sender.subscribe();
         let oldest = state
@@ -70,7 +71,7 @@ impl Hub {
             None => Some(state.sequence),
         };
         let at = from.unwrap_or(state.sequence);
-        let hello = Event {
+        let hello = Arc::new(Event {
             cursor: Cursor {
                 epoch: self.epoch,
                 sequence: at,
@@ -78,7 +79,7 @@ impl Hub {
             kind: EventKind::Hello {
                 missed: from.is_none(),
             },
-        };
+        });
         let kept = state
             .kept
             .iter()
@@ -92,7 +93,7 @@ impl Hub {
 mod tests {
     use super::*;
 
-    fn sequences(events: &[Event]) -> Vec<u64> {
+    fn sequences(events: &[Arc<Event>]) -> Vec<u64> {
         events.iter().map(|event| event.cursor.sequence).collect()
     }
 

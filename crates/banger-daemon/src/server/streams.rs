@@ -19,6 +19,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::sync::broadcast::error::RecvError;
@@ -59,13 +60,13 @@ pub(super) async fn events(call: Call<FollowEvents>) -> Result<Response, ErrorBo
         let mut last = 0;
         for event in events {
             last = event.cursor.sequence;
-            if !send_line(&sender, &event).await {
+            if !send_line(&sender, &*event).await {
                 return;
             }
         }
         let mut shutdown = world.shutdown.subscribe();
         loop {
-            let event: Event = tokio::select! {
+            let event: Arc<Event> = tokio::select! {
                 event = receiver.recv() => match event {
                     Ok(event) if event.cursor.sequence <= last => continue,
                     Ok(event) => event,
@@ -75,7 +76,7 @@ pub(super) async fn events(call: Call<FollowEvents>) -> Result<Response, ErrorBo
                 _ = shutdown.wait_for(|down| *down) => return,
                 () = sender.closed() => return,
             };
-            if !send_line(&sender, &event).await {
+            if !send_line(&sender, &*event).await {
                 return;
             }
         }

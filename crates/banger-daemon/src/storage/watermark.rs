@@ -69,12 +69,12 @@ async fn after(next: Option<Duration>) {
 /// Resolves when a VM is watched that was not, or stands otherwise than at the last look. One that ended is missed at
 /// the next look.
 async fn vm_changed(
-    events: &mut broadcast::Receiver<banger_api::event::Event>,
+    events: &mut broadcast::Receiver<Arc<banger_api::event::Event>>,
     known: &HashMap<VmId, Known>,
 ) {
     loop {
         match events.recv().await {
-            Ok(event) => match event.kind {
+            Ok(event) => match &event.kind {
                 EventKind::VmChanged { vm } if is_news(known, vm.id, &vm.phase) => return,
                 _ => {}
             },
