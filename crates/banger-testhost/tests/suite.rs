@@ -145,7 +145,7 @@ fn the_probe_says_that_kvm_runs_guests_and_firecracker_is_the_default() {
         String::from_utf8_lossy(&output.stdout),
         r#"{"verdict":"works"}"#
     );
-    let world = World::new();
+    let world = World::unprobed();
     let daemon = world.timed(&["daemon", "start"]);
     let start = Instant::now();
     let drivers = world.json(&["driver", "list"]);

@@ -14,6 +14,9 @@ use uuid::Uuid;
 /// Seconds that any one command may take.
 const COMMAND_SECONDS: &str = "90";
 
+/// What one daemon found out about KVM, for all that come later in this boot: it takes seconds here.
+const KVM_WORKS: &str = "/run/kvm-works.json";
+
 /// How long what a daemon leaves may take to be gone after it.
 const TEARDOWN_LIMIT: Duration = Duration::from_secs(10);
 
@@ -48,6 +51,13 @@ impl World {
         Self::made(folder, &["-a"])
     }
 
+    /// As [`World::new`], with a daemon that has to find out what KVM is good for.
+    pub(crate) fn unprobed() -> Self {
+        let world = Self::new();
+        std::fs::remove_dir_all(world.path("state")).unwrap();
+        world
+    }
+
     fn made(folder: &Path, taken_over: &[&str]) -> Self {
         assert_inside();
         let home = tempfile::tempdir_in(folder).unwrap();
@@ -60,6 +70,12 @@ impl World {
         let data = world.path("data/banger");
         std::fs::create_dir_all(&data).unwrap();
         copy(taken_over, &fixtures().join("."), &data);
+        let state = world.path("state/banger");
+        std::fs::create_dir_all(&state).unwrap();
+        std::fs::set_permissions(&state, PermissionsExt::from_mode(0o700)).unwrap();
+        if Path::new(KVM_WORKS).exists() {
+            copy(&[], KVM_WORKS.as_ref(), &state.join("kvm.json"));
+        }
         world
     }
 
@@ -278,8 +294,15 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        if self.path("state/banger").exists() {
+        let state = self.path("state/banger");
+        if state.exists() {
             let _ = self.command(&["daemon", "stop", "--vms"]).output();
+        }
+        let kvm = std::fs::read_to_string(state.join("kvm.json"));
+        if let Ok(kvm) = kvm
+            && kvm.contains(r#""verdict":"works""#)
+        {
+            let _ = std::fs::write(KVM_WORKS, kvm);
         }
     }
 }
