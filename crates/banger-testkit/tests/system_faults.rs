@@ -57,9 +57,10 @@ fn tell(mode: Mode, test: &'static str) {
         world.a_vmm_that_is_killed_takes_its_port_along();
         world.a_port_that_is_deleted_is_told_and_made_again();
         world.a_bridge_that_is_removed_is_made_again_with_its_ports();
-        world.tables_that_are_flushed_are_whole_again_within_a_second();
+        world.tables_that_are_flushed_are_whole_again();
         world.a_way_out_that_is_cut_is_made_again();
         world.a_namespace_that_loses_its_keeper_gets_another();
+        world.a_copied_state_folder_is_another_instance_and_harms_not_the_first(test);
         world.what_has_our_name_and_is_not_ours_is_named_and_left_alone();
         world.end();
         drop(helper);
@@ -166,7 +167,8 @@ impl World<'_> {
             check("forwarding", self.machine.forwards())?;
             check("veth", self.env.host().links.len() == 1)?;
             check("route", !self.env.host().routes.is_empty())?;
-            check("memory", ledger().len() == 2)?;
+            // Of each instance, and of what forwards.
+            check("memory", ledger().len() >= 2)?;
             check("table", sh("nft list tables").contains("banger_"))?;
         }
         let objects = self.env.json(&["host", "ls"]);
@@ -233,7 +235,7 @@ impl World<'_> {
         assert!(listening.contains(&port), "{listening}");
     }
 
-    fn tables_that_are_flushed_are_whole_again_within_a_second(&self) {
+    fn tables_that_are_flushed_are_whole_again(&self) {
         let rules = || {
             let keeper = self.env.keeper().unwrap();
             let inside =
@@ -279,6 +281,36 @@ impl World<'_> {
         self.env.ok(&["daemon", "start"]);
         self.whole("the end of keeper and daemon");
         assert_eq!(self.env.host().namespaces, namespaces);
+    }
+
+    fn a_copied_state_folder_is_another_instance_and_harms_not_the_first(&self, test: &str) {
+        let copy = self.mode.env(test, Vmm::Scripted(String::new())).unwrap();
+        let folder = copy.state().parent().unwrap().display();
+        // Sockets cannot be copied, and nobody would miss them.
+        sh(&format!(
+            "cp -a {}/. {folder}/banger/ 2>/dev/null || true",
+            self.env.state().display()
+        ));
+        let before = (self.pid("vmm_pid"), self.pid("shim_pid"));
+        let instance = |env: &TestEnv| std::fs::read(env.state().join("instance.json")).unwrap();
+        assert_eq!(instance(&copy), instance(&self.env));
+
+        // The same VMs, which do not run here.
+        let states = copy.json(&["vm", "list"]);
+        for vm in states.as_array().unwrap() {
+            assert_eq!(vm["phase"]["state"], "stopped", "{vm}");
+        }
+        assert_ne!(instance(&copy), instance(&self.env));
+        self.whole("the copy's first look");
+        // Its port of the host is taken, by the first one.
+        copy.ok(&["vm", "start", "otter", "owl", "--wait"]);
+        self.whole("the copy's start");
+        assert_ne!(copy.vm("otter")["address"], self.env.vm("otter")["address"]);
+        copy.ok(&["vm", "delete", "--force", "--purge", "otter", "owl"]);
+        copy.ok(&["daemon", "stop"]);
+        drop(copy);
+        self.whole("the copy's end");
+        assert_eq!((self.pid("vmm_pid"), self.pid("shim_pid")), before);
     }
 
     /// A link and a table of somebody else, who has taken our names while nothing of ours was there.

@@ -4,10 +4,58 @@ use super::place::Place;
 use super::published;
 use banger_testkit::env::TestEnv;
 use banger_testkit::host::openers;
-use banger_testkit::machine::{Mode, ledger, sh};
+use banger_testkit::machine::{Mode, differences, ledger, sh};
 use banger_testkit::run::{LIMIT, eventually};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::net::TcpStream;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+/// Mode, NAT, and what the namespace of a VM that nothing befell looks like.
+static UNHARMED: Mutex<BTreeMap<(Mode, bool), String>> = Mutex::new(BTreeMap::new());
+/// For how long nothing changes in a namespace that is done.
+const STILL: Duration = Duration::from_millis(300);
+
+/// Rules, routing policy, routes and settings of a namespace, in words that are the same for every VM.
+fn namespace(env: &TestEnv, keeper: i32, vm: &Value) -> String {
+    let text = sh(&format!(
+        "nsenter --net=/proc/{keeper}/ns/net sh -ec '\
+         nft --stateless list ruleset; ip -j -4 rule; ip -j -6 rule; ip -j -4 route show table all; \
+         cd /proc/sys/net/ipv4; cat ip_forward conf/br0/forwarding conf/br0/rp_filter conf/br0/proxy_arp'"
+    ));
+    let id = vm["id"].as_str().unwrap().replace('-', "");
+    let mac = vm["mac"].as_str().unwrap_or("no MAC");
+    let mut text = text
+        .replace(&format!("bt{}", &id[20..]), "TAP")
+        .replace(mac, "MAC")
+        // Whether anybody has the TAP open makes no difference.
+        .replace("\"linkdown\"", "");
+    // Every world has another pool, of sixteen times 256 addresses.
+    let [a, b, c, _] = env.pool().octets();
+    for number in 0..16 {
+        text = text.replace(
+            &format!("{a}.{b}.{}.", c + number),
+            &format!("POOL.{number}."),
+        );
+    }
+    text.replace("},{", "},\n{")
+}
+
+/// Remembers what the namespace of a VM looks like that nothing has befallen.
+pub(crate) fn remember(place: &Place, env: &TestEnv) {
+    let vm = env.vms().remove(0);
+    let keeper = env.keeper().unwrap();
+    let look = || namespace(env, keeper, &vm);
+    let still = eventually("the namespace is done", || {
+        let before = look();
+        std::thread::sleep(STILL);
+        (look() == before).then_some(before)
+    });
+    let key = (place.mode, vm["spec"]["nat"] == true);
+    let mut unharmed = UNHARMED.lock().unwrap_or_else(PoisonError::into_inner);
+    unharmed.insert(key, still);
+}
 
 /// The program that runs the VMs of a world.
 fn vmm_program(env: &TestEnv) -> &'static str {
@@ -143,6 +191,17 @@ fn network(place: &Place, env: &TestEnv, vm: Option<&Value>) -> Result<(), Strin
         let rules = sh(&format!(
             "nsenter --net=/proc/{keeper}/ns/net nft list ruleset"
         ));
+        let unharmed = UNHARMED.lock().unwrap_or_else(PoisonError::into_inner);
+        let unharmed = unharmed.get(&(place.mode, nat)).cloned();
+        if let (Some(vm), Some(unharmed)) = (running, unharmed) {
+            let now = namespace(env, keeper, vm);
+            if now != unharmed {
+                let differs = differences(&unharmed, &now);
+                return Err(format!(
+                    "the namespace is another than unharmed:\n{differs}"
+                ));
+            }
+        }
         if let Some(vm) = vm {
             let known = rules.contains(vm["address"].as_str().unwrap());
             equal("known to the rules", known, running.is_some())?;

@@ -194,6 +194,9 @@ pub(crate) fn points(place: &Place, scene: &Scene) -> (Vec<String>, BTreeSet<Str
     let before = traced(&trace);
     let output = scene.try_it(&env, &variables);
     assert_eq!(output.status, scene.status, "{}: {output:?}", scene.verb);
+    if matches!(scene.verb, "start" | "port add") {
+        compare::remember(place, &env);
+    }
     let mut seen = BTreeSet::new();
     let passed = traced(&trace).split_off(before.len());
     let points: Vec<String> = passed
