@@ -20,6 +20,10 @@ const UNITS_TO: &str = "lib/systemd/system";
 const USER_UNITS: [&str; 2] = ["bangerd.service", "banger-guests.service"];
 const USER_UNITS_FROM: &str = "crates/banger-daemon/units";
 const USER_UNITS_TO: &str = "lib/systemd/user";
+/// What the helper remembers of the host.
+const REMEMBERED: &str = "/run/banger";
+/// The one file in it that is no instance's.
+const FORWARDING: &str = "forwarding.json";
 /// Prefixes below which systemd looks for units.
 const SEARCHED: [&str; 2] = ["/usr", "/usr/local"];
 
@@ -158,8 +162,27 @@ pub(crate) fn uninstall(prefix: &str) -> Result<()> {
     let _ = std::fs::remove_dir(prefix.join("libexec/banger"));
     if live {
         systemctl(&["daemon-reload"])?;
+        if !forget(Path::new(REMEMBERED)) {
+            println!(
+                "left {REMEMBERED}: it tells of daemons that still have something on this host; \
+                 `banger daemon stop --vms` by whoever runs them ends that, and so does a reboot"
+            );
+        }
     }
     Ok(())
+}
+
+/// Removes what is remembered of the host, unless an instance is still in it. Says whether it is gone.
+fn forget(folder: &Path) -> bool {
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return true;
+    };
+    let tells = entries.flatten().any(|entry| {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        name.ends_with(".json") && name != FORWARDING
+    });
+    !tells && std::fs::remove_dir_all(folder).is_ok()
 }
 
 #[cfg(test)]
@@ -209,6 +232,24 @@ mod tests {
         assert!(daemon.contains("\nWants=banger-guests.service\n"));
         assert!(guests.contains("\nAfter=bangerd.service\n"));
         assert!(!guests.contains("Requires=") && !guests.contains("PartOf="));
+    }
+
+    #[test]
+    fn what_is_remembered_goes_unless_it_tells_of_an_instance() {
+        let folder = tempfile::tempdir().unwrap();
+        let remembered = folder.path().join("banger");
+        assert!(forget(&remembered));
+        std::fs::create_dir(&remembered).unwrap();
+        for file in ["lock", FORWARDING] {
+            std::fs::write(remembered.join(file), "").unwrap();
+        }
+        let instance = remembered.join("01a20e53-3f27-762a-9de1-f8d82e70b440.json");
+        std::fs::write(&instance, "{}").unwrap();
+        assert!(!forget(&remembered));
+        assert!(instance.exists());
+        std::fs::remove_file(&instance).unwrap();
+        assert!(forget(&remembered));
+        assert!(!remembered.exists());
     }
 
     #[test]

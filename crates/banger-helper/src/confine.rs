@@ -134,7 +134,7 @@ fn only(
     Ok(SeccompRule::new(vec![condition])?)
 }
 
-/// What the helper, `nft` and `resolvectl` use, beside those that are judged by their arguments.
+/// What the helper, `nft` and `busctl` use, beside those that are judged by their arguments.
 const ALLOWED: &[u32] = &[
     // Files.
     nr::__NR_read,

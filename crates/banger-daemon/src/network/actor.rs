@@ -18,6 +18,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 
+/// What is said where the host's own programs find the names.
+const ROUTED: &str = "systemd-resolved asks the instance's server";
+
 pub(super) struct Actor {
     setup: NetworkSetup,
     /// Its own inbox, for threads that hear of changes on the host.
@@ -119,12 +122,12 @@ impl Actor {
         };
         match host.perform(&ensure, &[]) {
             Ok((HostAnswer::Resolved(report), _)) => match report {
-                ResolvedReport::Routed => "systemd-resolved asks the instance's server",
+                ResolvedReport::Routed => ROUTED,
                 ResolvedReport::NotRunning => {
                     "systemd-resolved does not run here: ask the server by its address"
                 }
-                ResolvedReport::NoResolvectl => {
-                    "`resolvectl` is not installed: `sudo apt-get install systemd-resolved`"
+                ResolvedReport::NoBusctl => {
+                    "`busctl` is not installed, which tells systemd-resolved: `sudo apt-get install systemd`"
                 }
             }
             .to_owned(),
@@ -511,6 +514,14 @@ impl Actor {
     fn now(&mut self) -> Result<Now, NetworkError> {
         self.adopt()?;
         self.look_at_way_out();
+        // It may have been started, or installed, since.
+        if self
+            .host_names
+            .as_deref()
+            .is_some_and(|said| said != ROUTED)
+        {
+            self.host_names = Some(self.resolver());
+        }
         let mut now = Now {
             way_out: Some(self.way_out.clone()),
             host_names: self.host_names.clone(),

@@ -5,10 +5,10 @@ use super::{CLASS_IN, Code, HEADER, UDP_MOST, flag, kind};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
-/// For how many seconds an answer may be remembered. A VM's name goes when the VM is deleted, so not for long.
-pub(crate) const POSITIVE_TTL: u32 = 5;
-/// For how many seconds it may be remembered that a name is not there. It may come with the next command.
-pub(crate) const NEGATIVE_TTL: u32 = 1;
+/// For how many seconds an answer may be remembered: a VM's name goes with the VM, and may be another's at once.
+pub(crate) const POSITIVE_TTL: u32 = 0;
+/// For how many seconds it may be remembered that a name is not there: it may come with the next command.
+pub(crate) const NEGATIVE_TTL: u32 = 0;
 
 /// A pointer to the question's name.
 const QUESTION_NAME: u16 = 0xc00c;
@@ -324,12 +324,15 @@ mod tests {
         assert_eq!(packet.rcode(), RCODE::NameError);
         assert!(packet.opt().is_none());
         let soa = &packet.name_servers[0];
-        assert_eq!((soa.name.to_string().as_str(), soa.ttl), ("vm", 1));
+        assert_eq!(
+            (soa.name.to_string().as_str(), soa.ttl),
+            ("vm", NEGATIVE_TTL)
+        );
         match &soa.rdata {
             RData::SOA(soa) => {
                 assert_eq!(soa.mname.to_string(), "vm");
                 assert_eq!(soa.rname.to_string(), "nobody.invalid");
-                assert_eq!((soa.serial, soa.minimum), (7, 1));
+                assert_eq!((soa.serial, soa.minimum), (7, NEGATIVE_TTL));
             }
             other => panic!("{other:?}"),
         }

@@ -156,8 +156,8 @@ impl Host {
         self.work()?.settle()
     }
 
-    /// Settles now, and again whenever somebody changes the packet filter, links, routes or forwarding, or starts the resolver, in a thread of
-    /// its own: until the answer is dropped, or `report`, which hears every outcome, breaks off. After a
+    /// Settles now, and again whenever somebody changes the packet filter, links, routes or forwarding, or starts the
+    /// resolver, in a thread of its own: until the answer is dropped, or `report`, which hears every outcome, breaks off. After a
     /// [`HostOpError::Watch`] nobody keeps it any more.
     ///
     /// # Errors
@@ -172,19 +172,28 @@ impl Host {
         std::thread::Builder::new()
             .name("keep-host".to_owned())
             .spawn(move || {
-                let mut settled = host.settle();
+                // A resolver that was started while nobody kept anything knows nothing.
+                let mut changes = Changes {
+                    resolver: true,
+                    ..Changes::default()
+                };
                 loop {
+                    let settled = host.settle_after(changes);
                     let failed = settled
                         .as_ref()
                         .map_or(true, |done| !done.failed.is_empty());
+                    let owed = owed(changes, &settled);
                     if report(settled).is_break() {
                         return;
                     }
                     // What failed is tried again though nobody changes anything.
                     let limit = failed.then_some(TRY_AGAIN);
-                    settled = match watch.wait(limit, Some(until.as_fd())) {
-                        Ok(Waited::Changed(changes)) => host.settle_after(changes),
-                        Ok(Waited::TimedOut) => host.settle(),
+                    changes = match watch.wait(limit, Some(until.as_fd())) {
+                        Ok(Waited::Changed(changes)) => Changes {
+                            resolver: changes.resolver || owed.resolver,
+                            ..changes
+                        },
+                        Ok(Waited::TimedOut) => owed,
                         Ok(Waited::Ended) => return,
                         Err(error) => {
                             let _ = report(Err(HostOpError::Watch(error)));
@@ -211,6 +220,22 @@ impl Host {
             links: Links::new(),
             tables: Tables::new(),
         })
+    }
+}
+
+/// What is to be done again of what was to be done after `changes`: all else is measured in any case.
+fn owed(changes: Changes, settled: &Result<Settled, HostOpError>) -> Changes {
+    let resolver = changes.resolver
+        && match settled {
+            Ok(done) => done
+                .failed
+                .iter()
+                .any(|(_, error)| matches!(error, HostOpError::Resolved(_))),
+            Err(_) => true,
+        };
+    Changes {
+        resolver,
+        ..Changes::default()
     }
 }
 
@@ -391,14 +416,18 @@ impl Work {
                 pool: pool.network(),
             });
         }
-        let link = tag.instance.veth_name();
-        let report = step("resolver", || resolved::route(&link, pool.guests(), dns))
-            .map_err(HostOpError::Resolved)?;
+        // First: who cannot be told now is told later.
         if record.dns != Some(dns) {
             record.dns = Some(dns);
             self.ledger.save(&record)?;
         }
-        Ok(report)
+        match veth::find(&mut self.links, tag)? {
+            Some(link) => step("resolver", || {
+                resolved::route(link.index, pool.guests(), dns)
+            })
+            .map_err(HostOpError::Resolved),
+            None => Err(HostOpError::NotAttached(tag.instance)),
+        }
     }
 
     fn remove_resolved(&mut self, tag: Tag) -> Result<(), HostOpError> {
@@ -406,8 +435,10 @@ impl Work {
             return Ok(());
         };
         // Without the link there is nothing to revert.
-        if record.dns.is_some() && veth::find(&mut self.links, tag)?.is_some() {
-            resolved::revert(&tag.instance.veth_name()).map_err(HostOpError::Resolved)?;
+        if record.dns.is_some()
+            && let Some(link) = veth::find(&mut self.links, tag)?
+        {
+            resolved::revert(link.index).map_err(HostOpError::Resolved)?;
         }
         record.dns = None;
         Ok(self.ledger.save(&record)?)
@@ -419,11 +450,10 @@ impl Work {
         for record in self.ledger.records()? {
             let Some(dns) = record.dns else { continue };
             // Else it was forgotten just now, or has another owner.
-            if !matches!(veth::find(&mut self.links, record.tag()), Ok(Some(_))) {
+            let Ok(Some(link)) = veth::find(&mut self.links, record.tag()) else {
                 continue;
-            }
-            let link = record.instance.veth_name();
-            if let Err(error) = resolved::route(&link, record.pool.guests(), dns) {
+            };
+            if let Err(error) = resolved::route(link.index, record.pool.guests(), dns) {
                 failed.push((record.instance, HostOpError::Resolved(error)));
             }
         }
@@ -581,5 +611,45 @@ impl Work {
             self.tables.delete(&table::name(record.instance))?;
         }
         Ok(self.ledger.forget(record.instance)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exec::ExecError;
+    use uuid::Uuid;
+
+    #[test]
+    fn a_resolver_that_could_not_be_told_is_told_again_and_only_then() {
+        let started = Changes {
+            resolver: true,
+            network: true,
+            ruleset: true,
+        };
+        let settled = |error: Option<HostOpError>| {
+            let instance = InstanceId::from_uuid(Uuid::now_v7());
+            let failed = error.map(|error| (instance, error)).into_iter().collect();
+            Ok(Settled {
+                failed,
+                ..Settled::default()
+            })
+        };
+        let not_told = || {
+            let program = "busctl".to_owned();
+            Some(HostOpError::Resolved(ExecError::Missing { program }))
+        };
+        let again = Changes {
+            resolver: true,
+            ..Changes::default()
+        };
+        assert_eq!(owed(started, &settled(not_told())), again);
+        assert_eq!(owed(again, &settled(not_told())), again);
+        assert_eq!(owed(started, &settled(None)), Changes::default());
+        let failed = || HostOpError::Watch(io::Error::other("no"));
+        assert_eq!(owed(started, &settled(Some(failed()))), Changes::default());
+        // Not even tried.
+        assert_eq!(owed(started, &Err(failed())), again);
+        assert_eq!(owed(Changes::default(), &Err(failed())), Changes::default());
     }
 }

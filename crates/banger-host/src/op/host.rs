@@ -225,8 +225,8 @@ pub enum ResolvedReport {
     Routed,
     /// systemd-resolved does not run here.
     NotRunning,
-    /// It runs, but `resolvectl` is not installed.
-    NoResolvectl,
+    /// It runs, but `busctl` is not installed.
+    NoBusctl,
 }
 
 /// What an [`OwnedObject`] is.
