@@ -9,10 +9,16 @@
 
 #[path = "systemd/boot_1.rs"]
 mod boot_1;
+#[path = "systemd/boot_2.rs"]
+mod boot_2;
+#[path = "systemd/boot_3.rs"]
+mod boot_3;
 #[path = "systemd/host.rs"]
 mod host;
 #[path = "inside/mod.rs"]
 mod inside;
+#[path = "systemd/internet.rs"]
+mod internet;
 #[path = "systemd/login.rs"]
 mod login;
 #[path = "systemd/neighbours.rs"]

@@ -25,7 +25,7 @@ pub(crate) fn command(program: &str) -> Command {
 
 /// Runs a shell's line as root. Gives its standard output, whether it succeeded or not.
 pub(crate) fn try_root(line: &str) -> Result<String, Output> {
-    let output = command("timeout").args(["100", "sh", "-c", line]).output();
+    let output = command("timeout").args(["180", "sh", "-c", line]).output();
     let output = output.unwrap();
     if output.status.success() {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
@@ -93,4 +93,9 @@ pub(crate) fn xtask(verb: &str) -> String {
     root(&format!(
         "CARGO_TARGET_DIR=/var/tmp/built /mnt/xtask {verb} {PREFIX} 2>&1"
     ))
+}
+
+/// Has the machine rebooted once these tests are through: `reboot` in order, `reset` as by its button.
+pub(crate) fn and_then(what: &str) {
+    std::fs::write("/run/testhost/next", what).unwrap();
 }

@@ -7,6 +7,8 @@ use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 
 /// Their name.
 pub(crate) const USER: &str = "otter";
+/// Makes a small VM and waits for it.
+pub(crate) const CREATE: &str = "banger vm create --image tiny --memory 256 --vcpu 1 --wait";
 /// What ends the answer to a line, before its exit code.
 const END: &str = "@end-of-line ";
 
@@ -95,6 +97,26 @@ impl Login {
     #[track_caller]
     pub(crate) fn json(&mut self, line: &str) -> Value {
         serde_json::from_str(&self.ok(&format!("{line} --json"))).unwrap()
+    }
+
+    /// The VM as it is now.
+    #[track_caller]
+    pub(crate) fn vm(&mut self, name: &str) -> Value {
+        self.json(&format!("banger vm show {name}"))
+    }
+
+    /// A small VM of the tests' image that is ready.
+    #[track_caller]
+    pub(crate) fn create(&mut self, name: &str, options: &str) -> Value {
+        self.has_images();
+        self.ok(&format!("{CREATE} --name {name} {options}"));
+        self.vm(name)
+    }
+
+    /// Runs a command in the guest, which must succeed there.
+    #[track_caller]
+    pub(crate) fn ssh(&mut self, name: &str, guest_command: &str) -> String {
+        self.ok(&format!("banger vm ssh {name} -- '{guest_command}'"))
     }
 
     /// Gives the user the tests' image and kernel, if there are none.
