@@ -112,9 +112,13 @@ pub enum StopReason {
 }
 
 impl StopReason {
-    /// Whether it stopped only because what it ran on went; it is still to run.
-    pub const fn is_going_down(&self) -> bool {
-        matches!(self, Self::UserLoggedOut | Self::HostShutDown)
+    /// Whether it stopped only because what it ran on went, in order or not; it is still to run, and has not been
+    /// tried since.
+    pub const fn is_of_the_host(&self) -> bool {
+        matches!(
+            self,
+            Self::UserLoggedOut | Self::HostShutDown | Self::HostRebooted
+        )
     }
 }
 

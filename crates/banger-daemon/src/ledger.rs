@@ -93,17 +93,14 @@ pub(crate) async fn list(app: &App) -> Result<Vec<HostObject>, ErrorBody> {
             OwnedKind::Snapshot => "snapshot",
         };
         let ours = object.instance == app.world.instance.id;
-        add(
-            kind,
-            object.name.clone(),
-            if ours {
-                INSTANCE.to_owned()
-            } else {
-                format!("{OTHER_INSTANCE}{}", object.instance)
-            },
+        let vm = banger_host::storage::ops::owner(&object.name).map(|(_, _, vm)| vm);
+        let (owner, expected) = match (object.kind, vm) {
             // Another instance's are for its own daemon to judge.
-            !ours || network.keeper.is_some(),
-        );
+            _ if !ours => (format!("{OTHER_INSTANCE}{}", object.instance), true),
+            (OwnedKind::Snapshot, Some(vm)) => owner(&vm.tap_name()),
+            _ => (INSTANCE.to_owned(), network.keeper.is_some()),
+        };
+        add(kind, object.name.clone(), owner, expected);
     }
     objects.sort();
     Ok(objects)

@@ -434,7 +434,8 @@ fn host_side(wanted: Option<Mode>) -> Result<(Mode, Option<HostSide>), ErrorBody
 }
 
 /// What nobody waits for at the start: what is left on the host and of killed builds goes, and VMs with autostart come
-/// back: all of them once per boot of the host, and at any time those that were stopped because host or user went.
+/// back: all of them once per boot of the host, and at any time those that stopped because host or user went, which a daemon
+/// that died in the middle of this has not started.
 async fn settle(app: App) {
     // Goes on by itself; a build that starts meanwhile is none of its business.
     drop(tokio::task::spawn_blocking(
@@ -461,7 +462,7 @@ async fn settle(app: App) {
 
 /// Whether a VM that is to run is started with the daemon, which is the `first` one of this boot of the host or not.
 fn comes_back(record: &VmRecord, first: bool) -> bool {
-    record.spec.autostart && (first || record.last_stop.is_going_down())
+    record.spec.autostart && (first || record.last_stop.is_of_the_host())
 }
 
 /// Gives VMs whose address is not of this instance's pool another one: the state folder was copied, or the pool

@@ -6,17 +6,38 @@ use std::time::Duration;
 
 /// How often the trash is looked at. Nobody waits for it.
 const LOOK: Duration = Duration::from_secs(15 * 60);
+/// By how much the clock may differ between two looks from the time that has passed.
+const DRIFT: SignedDuration = SignedDuration::from_mins(1);
+/// The file in the state folder that says when the clock was last found to have been set.
+const CLOCK_SET: &str = "clock-set";
 
 /// Looks at the trash for as long as the daemon lives.
 pub(crate) async fn keep_emptying(app: App) {
     let mut timer = tokio::time::interval(LOOK);
-    let mut last = None;
+    let path = app.world.paths.state.join(CLOCK_SET);
+    let said = std::fs::read_to_string(&path).ok();
+    let mut set = said.and_then(|said| said.trim().parse().ok());
+    let mut last: Option<Look> = None;
     loop {
         timer.tick().await;
-        let now = Timestamp::now();
-        // A clock that was set leaves everything as it is until the next look.
-        if clock_went_on(last.replace(now), now)
-            && let Some(until) = before(now, app.world.config.trash.keep)
+        let look = Look::now();
+        let before_that = last.replace(look);
+        if before_that.is_some_and(|last| was_set(last, look)) {
+            // What is in the trash may seem to be there for years.
+            tracing::info!(
+                "the clock was set: nothing leaves the trash by itself for as long as it is to be kept"
+            );
+            set = Some(look.wall);
+            let noted =
+                banger_host::storage::replace_file(&path, look.wall.to_string().as_bytes(), 0o600);
+            if let Err(error) = noted {
+                tracing::warn!(%error, "a daemon that comes after this one will not know that");
+            }
+        }
+        // The first look knows nothing of the clock yet.
+        if before_that.is_some()
+            && let Some(until) = before(look.wall, app.world.config.trash.keep)
+            && set.is_none_or(|set| set <= until)
         {
             empty(&app, until).await;
         }
@@ -36,12 +57,28 @@ async fn empty(app: &App, until: Timestamp) {
     }
 }
 
-/// Whether the clock moved by about the time between two looks. The first look trusts nothing but what it measures
-/// itself, so it removes nothing.
-fn clock_went_on(last: Option<Timestamp>, now: Timestamp) -> bool {
-    let Some(last) = last else { return false };
-    let moved = now.duration_since(last);
-    moved > SignedDuration::ZERO && moved.unsigned_abs() < LOOK * 4
+/// What the clock said, and for how long the host had been up, asleep or not.
+#[derive(Debug, Clone, Copy)]
+struct Look {
+    wall: Timestamp,
+    up: SignedDuration,
+}
+
+impl Look {
+    fn now() -> Self {
+        let up = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        Self {
+            wall: Timestamp::now(),
+            up: SignedDuration::from_secs(up.tv_sec),
+        }
+    }
+}
+
+/// Whether somebody set the clock between two looks.
+fn was_set(last: Look, now: Look) -> bool {
+    let (moved, passed) = (now.wall.duration_since(last.wall), now.up - last.up);
+    let drift = moved.checked_sub(passed);
+    drift.is_none_or(|drift| drift.abs() > DRIFT)
 }
 
 fn before(now: Timestamp, keep: Duration) -> Option<Timestamp> {
@@ -54,13 +91,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_clock_that_was_set_empties_nothing() {
-        let now = Timestamp::UNIX_EPOCH + SignedDuration::from_hours(24);
-        let after = |duration| Some(now - duration);
-        assert!(!clock_went_on(None, now));
-        assert!(clock_went_on(after(SignedDuration::from_mins(15)), now));
-        assert!(!clock_went_on(after(SignedDuration::from_hours(24)), now));
-        assert!(!clock_went_on(after(SignedDuration::from_mins(-15)), now));
+    fn a_clock_that_was_set_is_told_from_a_host_that_slept() {
+        let start = Look {
+            wall: Timestamp::UNIX_EPOCH,
+            up: SignedDuration::from_secs(10),
+        };
+        let later = |wall, up| Look {
+            wall: start.wall + SignedDuration::from_mins(wall),
+            up: start.up + SignedDuration::from_mins(up),
+        };
+        assert!(!was_set(start, later(15, 15)));
+        assert!(!was_set(start, later(9 * 60, 9 * 60)), "it slept");
+        assert!(was_set(start, later(20, 15)));
+        assert!(was_set(start, later(-15, 15)));
+        assert!(was_set(start, later(60 * 24 * 365 * 50, 15)));
     }
 
     #[test]

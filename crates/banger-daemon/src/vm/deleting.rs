@@ -73,15 +73,11 @@ impl Actor {
         }
         point("delete", "promise", Side::After);
         if let Some(problem) = close_storage(&self.world, &self.record, "delete").await {
-            // Without its record nobody would know whose it is.
-            let mut error = ErrorBody::new(
-                ErrorCode::Internal,
-                format!("the storage of `{}` cannot be detached", self.record.name),
-            );
-            error.causes.push(problem);
-            return Err(error.hint("`banger host ls` shows what is left on the host; repeat the command when it is free"));
+            return Err(self.left_on_the_host("storage", "detached", problem));
         }
-        release_port(&self.world, self.record.id, "delete").await;
+        if let Some(problem) = release_port(&self.world, self.record.id, "delete").await {
+            return Err(self.left_on_the_host("port", "removed", problem));
+        }
         self.clear_run("delete").await;
         point("delete", "unlink", Side::Before);
         let folder = self.files.folder.clone();
@@ -104,6 +100,18 @@ impl Actor {
         self.world.images.unpin(self.record.id);
         self.publish(|view| view.purged = true);
         Ok(())
+    }
+}
+
+impl Actor {
+    /// Without its record nobody would know whose it is.
+    fn left_on_the_host(&self, what: &str, done: &str, problem: String) -> ErrorBody {
+        let message = format!("the {what} of `{}` cannot be {done}", self.record.name);
+        let mut error = ErrorBody::new(ErrorCode::Internal, message);
+        error.causes.push(problem);
+        error.hint(
+            "`banger host ls` shows what is left on the host; repeat the command when it is free",
+        )
     }
 }
 

@@ -59,7 +59,7 @@ impl Actor {
         let ready = live.status.as_ref().is_some_and(|status| status.ready);
         let waiters = live.stopping.take();
         let path = self.files.lock();
-        std::thread::spawn(move || {
+        let watch = move || {
             while !sender.is_closed() {
                 // Short, so that the thread ends soon after nobody waits for it any more.
                 match wait_free(&path, Instant::now() + LOOK_AGAIN) {
@@ -71,7 +71,13 @@ impl Actor {
             }
             // The actor may have found out by itself.
             let _ = sender.send(());
-        });
+        };
+        let thread = std::thread::Builder::new().name("lock-wait".to_owned());
+        if let Err(error) = thread.spawn(watch) {
+            // The host is short of everything; who asks for the VM tries its lock again.
+            tracing::warn!(vm = %self.record.id, %error, "nobody waits for the lock");
+            live.lock_free = None;
+        }
         self.publish(|view| {
             view.phase = Phase::Running {
                 ready,

@@ -17,7 +17,8 @@ impl Actor {
         let path = self.files.lock();
         let attempt = self.left_attempt();
         if !path.exists() && attempt.is_none() && !self.files.run().exists() {
-            return;
+            // Its folder may have been taken away while it ran; what it had on the host goes all the same.
+            return self.recover_dead(None).await;
         }
         let tried = tokio::task::spawn_blocking(move || try_lock(&path)).await;
         match tried {

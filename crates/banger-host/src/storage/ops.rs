@@ -172,11 +172,17 @@ pub fn seen(uid: u32, instance: InstanceId) -> BTreeSet<VmId> {
 }
 
 fn parse(uid: u32, uuid: &str) -> Option<(InstanceId, VmId)> {
+    let (of, instance, vm) = owner(uuid)?;
+    (of == uid).then_some((instance, vm))
+}
+
+/// The user, instance and VM that a device with this uuid is for.
+pub fn owner(uuid: &str) -> Option<(u32, InstanceId, VmId)> {
     const ID: usize = 36;
-    let ids = uuid.strip_prefix(&format!("BANGER-{uid}-"))?;
+    let (uid, ids) = uuid.strip_prefix("BANGER-")?.split_once('-')?;
     let ids = ids.strip_suffix("-origin").unwrap_or(ids);
     let (instance, vm) = (ids.get(..ID)?, ids.get(ID..)?.strip_prefix('-')?);
-    Some((instance.parse().ok()?, vm.parse().ok()?))
+    Some((uid.parse().ok()?, instance.parse().ok()?, vm.parse().ok()?))
 }
 
 fn attach(
