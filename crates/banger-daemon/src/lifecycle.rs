@@ -413,7 +413,13 @@ fn host_side(wanted: Option<Mode>) -> Result<(Mode, Option<HostSide>), ErrorBody
     if wanted == Some(Mode::Rootless) && ProcessEnv.uid() != 0 {
         return Ok((Mode::Rootless, None));
     }
-    let (mode, host) = match HostSide::find() {
+    // Without root VMs that live by the helper could not be kept, so one that is only busy is no reason for it.
+    let found = HostSide::find().map_err(|error| {
+        ErrorBody::from_error(ErrorCode::HostUnfit, &error).hint(
+            "`journalctl -u banger-helper` says more; `mode = \"rootless\"` under `[network]` in config.toml does without it",
+        )
+    })?;
+    let (mode, host) = match found {
         Some(host @ HostSide::InProcess(_)) => (Mode::Root, Some(host)),
         Some(host @ HostSide::Helper(_)) => (Mode::Helper, Some(host)),
         None => (Mode::Rootless, None),

@@ -6,7 +6,7 @@ use banger_host::exec::timespec;
 use banger_host::host_side::{Caller, Host, Settled};
 use banger_host::net::host::HostOpError;
 use banger_host::net::seqpacket;
-use banger_host::op::{HostAnswer, HostOp, HostReply, HostRequest};
+use banger_host::op::{HostAnswer, HostOp, HostReply, HostRequest, TOO_MANY_REQUESTS};
 use banger_host::seldom::Seldom;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{AsFd, OwnedFd};
@@ -127,7 +127,7 @@ fn accept_until_idle(
         };
         let Some(place) = Place::take(&crowd, caller) else {
             turned_away.tell(caller);
-            refuse(&connection, "too many requests at once".to_owned());
+            refuse(&connection, TOO_MANY_REQUESTS.to_owned());
             continue;
         };
         let host = Arc::clone(host);
@@ -202,7 +202,7 @@ impl TurnedAway {
         if self.told.is_none_or(|told| told.elapsed() >= CROWD_LINE) {
             let (uid, count) = (caller.uid, self.since);
             say(format_args!(
-                "refused uid={uid} op=connect: too many requests at once ({count} turned away)"
+                "refused uid={uid} op=connect: {TOO_MANY_REQUESTS} ({count} turned away)"
             ));
             self.told = Some(Instant::now());
             self.since = 0;

@@ -518,6 +518,28 @@ fn the_routes_of_a_vpn_are_seen_in_whatever_table_and_shape() {
 }
 
 #[test]
+fn an_instance_keeps_its_pool_when_a_vpn_routes_it_elsewhere_later() {
+    let Some(machine) =
+        Machine::new("an_instance_keeps_its_pool_when_a_vpn_routes_it_elsewhere_later")
+    else {
+        return;
+    };
+    let instance = Instance::new(1);
+    machine.attach(&instance).unwrap();
+    machine.nat(&instance);
+    sh("ip route add 172.16.0.0/12 via 198.51.100.2 dev eth0");
+    let before = machine.state();
+    // As a daemon does that finds its VMs again.
+    machine.attach(&instance).unwrap();
+    machine.nat(&instance);
+    assert_eq!(machine.state(), before);
+    assert!(instance.reach(&machine.internet, SERVER).is_some());
+    machine.perform(&instance.detach()).unwrap();
+    let refused = machine.attach(&instance);
+    assert!(matches!(&refused, Err(HostOpError::RouteInTheWay { .. })));
+}
+
+#[test]
 fn what_a_killed_operation_left_is_finished_or_removed_by_the_next() {
     let Some(machine) =
         Machine::new("what_a_killed_operation_left_is_finished_or_removed_by_the_next")

@@ -33,14 +33,19 @@ pub enum HostSide {
 }
 
 impl HostSide {
-    /// The root side of this process: itself if it is root, else the helper if one answers, else nobody.
-    pub fn find() -> Option<Self> {
+    /// The root side of this process: itself if it is root, else the helper if there is one, else nobody.
+    ///
+    /// # Errors
+    /// There is a helper, but it does not answer, or has no place for this user within a minute: VMs may live by it.
+    pub fn find() -> Result<Option<Self>, HelperError> {
         if rustix::process::geteuid().is_root() {
-            return Some(Self::InProcess(Host::of_this_machine()));
+            return Ok(Some(Self::InProcess(Host::of_this_machine())));
         }
-        HelperClient::connect(HELPER_SOCKET.as_ref())
-            .ok()
-            .map(Self::Helper)
+        match HelperClient::connect(HELPER_SOCKET.as_ref()) {
+            Ok(client) => Ok(Some(Self::Helper(client))),
+            Err(error) if error.says_nobody() => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Keeps what was asked for as it is, in a thread of its own, whoever changes the packet filter, default routes or

@@ -9,7 +9,7 @@ mod host;
 
 pub use host::{
     ClosedForward, HostAnswer, HostOp, HostReply, HostRequest, NatReport, OwnedKind, OwnedObject,
-    ResolvedReport, SnapshotState,
+    ResolvedReport, SnapshotState, TOO_MANY_REQUESTS,
 };
 
 use banger_core::addr::Pool;

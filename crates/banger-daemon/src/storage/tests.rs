@@ -9,7 +9,7 @@ const IMAGE_BYTES: u64 = 64 << 20;
 const OVERLAY_BYTES: u64 = 128 << 20;
 
 fn drivers() -> StorageHost {
-    StorageHost::new(HostSide::find().map(Arc::new))
+    StorageHost::new(HostSide::find().unwrap().map(Arc::new))
 }
 
 /// Where images and VMs are: a folder, or a filesystem of the test's own.

@@ -307,11 +307,15 @@ impl Work {
         self.settle()?;
         let known = self.record(tag)?;
         let existing = veth::find(&mut self.links, tag)?;
-        veth::refuse_overlap(
-            &mut self.links,
-            pool,
-            existing.as_ref().map(|link| link.index),
-        )?;
+        // Who has its pool keeps it, whatever a VPN routes by now: guests live in it, and its own route is the closer.
+        let has_it = known.as_ref().is_some_and(|known| known.pool == pool) && existing.is_some();
+        if !has_it {
+            veth::refuse_overlap(
+                &mut self.links,
+                pool,
+                existing.as_ref().map(|link| link.index),
+            )?;
+        }
         let record = match known {
             Some(record) if record.pool == pool => record,
             Some(record) => {

@@ -254,6 +254,10 @@ pub struct OwnedObject {
     pub instance: InstanceId,
 }
 
+/// The one refusal of `banger-helper` that another try may overcome: the user, or all users together, has too many
+/// requests under way.
+pub const TOO_MANY_REQUESTS: &str = "too many requests at once";
+
 /// One message from `banger-helper`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostReply {
