@@ -5,7 +5,7 @@
 pub const UNLIMITED_WRITES: u64 = 1 << 30;
 
 /// Never asked more often than this, in milliseconds.
-const SHORTEST_MS: u64 = 20;
+pub const SHORTEST_MS: u64 = 20;
 /// Never asked less often than this, in milliseconds.
 const LONGEST_MS: u64 = 60_000;
 /// How often it is asked whether a paused VM may go on, in milliseconds.
@@ -135,6 +135,13 @@ pub fn cow_next_check_ms(used: u64, size: u64, write_limit: u64) -> u64 {
     time_to_write(headroom, write_limit).clamp(SHORTEST_MS, LONGEST_MS)
 }
 
+/// For how many milliseconds a copy-on-write file that nobody can look at, or grow, is surely not fuller than where its
+/// VM must be paused.
+pub fn cow_safe_ms(used: u64, size: u64, write_limit: u64) -> u64 {
+    let headroom = percent(size, COW_PAUSE_PERCENT).saturating_sub(used);
+    time_to_write(headroom, write_limit).saturating_mul(2)
+}
+
 fn percent(of: u64, percent: u64) -> u64 {
     // Whole hundredths first: sizes are far larger, and nothing overflows.
     of / 100 * percent
@@ -185,6 +192,14 @@ mod tests {
         assert!(!cow_must_pause(480 * MIB, 512 * MIB) && cow_must_pause(490 * MIB, 512 * MIB));
         assert_eq!(cow_first(16 * MIB), cow_most(16 * MIB));
         assert_eq!(cow_next_check_ms(0, 512 * MIB, UNLIMITED_WRITES), 199);
+    }
+
+    #[test]
+    fn a_copy_on_write_file_that_nobody_looks_at_is_safe_until_its_vm_could_have_filled_it() {
+        let safe = |used, size| cow_safe_ms(used * MIB, size * MIB, UNLIMITED_WRITES);
+        assert_eq!((safe(0, 512), safe(490, 512), safe(512, 512)), (474, 0, 0));
+        // There is time for another try after one that failed.
+        assert!(safe(409, 512) > cow_next_check_ms(409 * MIB, 512 * MIB, UNLIMITED_WRITES));
     }
 
     proptest! {

@@ -16,7 +16,7 @@ pub(crate) mod watermark;
 mod tests;
 
 pub(crate) use facts::StorageFacts;
-pub(crate) use snapshot::{Snapshot, Tended};
+pub(crate) use snapshot::{Snapshot, Tended, Untended};
 
 use crate::images::build_error;
 use crate::record::VmRecord;

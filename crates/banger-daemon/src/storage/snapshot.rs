@@ -12,6 +12,7 @@ use banger_api::error::{ErrorBody, ErrorCode};
 use banger_core::id::{InstanceId, VmId};
 use banger_core::watermark::{
     CowVerdict, UNLIMITED_WRITES, cow, cow_first, cow_most, cow_must_pause, cow_next_check_ms,
+    cow_safe_ms,
 };
 use banger_host::host_side::HostSide;
 use banger_host::op::{HostAnswer, HostOp, SnapshotState};
@@ -88,7 +89,7 @@ impl StorageDriver for Snapshot {
             return Err(misunderstood());
         };
         let path = PathBuf::from(path);
-        let whole = prove(layer, &path).and_then(|()| self.tend(layer).map(drop));
+        let whole = prove(layer, &path).and_then(|()| Ok(self.tend(layer).map(drop)?));
         if let Err(error) = whole {
             // The first failure is what counts; the start's own unwinding detaches it as well.
             let _ = self.close(&layer.owner);
@@ -174,50 +175,41 @@ impl Snapshot {
     ///
     /// # Errors
     /// The kernel has dropped the snapshot, or cannot be asked.
-    pub(crate) fn tend(&self, layer: &Layer) -> Result<Tended, ErrorBody> {
+    pub(crate) fn tend(&self, layer: &Layer) -> Result<Tended, Untended> {
         let Owner { instance, vm } = layer.owner;
         let most = cow_most(device_bytes(layer)?);
         let (used, size) = self.state(layer, &HostOp::SnapshotStatus { instance, vm })?;
         let CowVerdict::Grow(to) = cow(used, size, most) else {
-            return Ok(Tended {
-                next_check_ms: cow_next_check_ms(used, size, UNLIMITED_WRITES),
-                must_pause: false,
-                grown_to: None,
-            });
+            return Ok(Tended::new(used, size));
         };
         let file = open_file(OpenOptions::new().read(true).write(true), &layer.file)?;
-        match preallocate(&file, &layer.file, to) {
-            Ok(()) => {
-                let (used, size) = self.state(layer, &HostOp::GrowSnapshot { instance, vm })?;
-                Ok(Tended {
-                    next_check_ms: cow_next_check_ms(used, size, UNLIMITED_WRITES),
-                    must_pause: cow_must_pause(used, size),
-                    grown_to: Some(size),
-                })
+        if let Err(error) = preallocate(&file, &layer.file, to) {
+            if !error.is_no_space() {
+                let error = banger_host::error_chain(&error);
+                tracing::warn!(vm = %layer.name, error, "a copy-on-write file cannot grow");
             }
-            Err(error) => {
-                if !error.is_no_space() {
-                    let error = banger_host::error_chain(&error);
-                    tracing::warn!(vm = %layer.name, error, "a copy-on-write file cannot grow");
-                }
-                // Whatever the reason is: what finds no room is lost with all that was written before.
-                Ok(Tended {
-                    next_check_ms: cow_next_check_ms(used, size, UNLIMITED_WRITES),
-                    must_pause: cow_must_pause(used, size),
-                    grown_to: None,
-                })
-            }
+            // Whatever the reason is: what finds no room is lost with all that was written before.
+            return Ok(Tended {
+                must_pause: cow_must_pause(used, size),
+                ..Tended::new(used, size)
+            });
         }
+        let (used, size) = self.state(layer, &HostOp::GrowSnapshot { instance, vm })?;
+        Ok(Tended {
+            must_pause: cow_must_pause(used, size),
+            grown_to: Some(size),
+            ..Tended::new(used, size)
+        })
     }
 
     /// The bytes that are used of the copy-on-write file, and its size.
-    fn state(&self, layer: &Layer, op: &HostOp) -> Result<(u64, u64), ErrorBody> {
+    fn state(&self, layer: &Layer, op: &HostOp) -> Result<(u64, u64), Untended> {
         let lost = |why: &str| {
-            ErrorBody::new(
+            let error = ErrorBody::new(
                 ErrorCode::Internal,
                 format!("the kernel has no snapshot of `{}`: {why}", layer.name),
-            )
-            .hint("what was written is in the copy-on-write file; keep it")
+            );
+            Untended::Lost(error.hint("what was written is in the copy-on-write file; keep it"))
         };
         match self.ask(op, &[])? {
             HostAnswer::Snapshot(SnapshotState::Valid {
@@ -226,7 +218,7 @@ impl Snapshot {
             }) => Ok((used_sectors * SECTOR, total_sectors * SECTOR)),
             HostAnswer::Snapshot(SnapshotState::Absent) => Err(lost("it is not attached")),
             HostAnswer::Snapshot(SnapshotState::Lost { why }) => Err(lost(&why)),
-            _ => Err(misunderstood()),
+            _ => Err(misunderstood().into()),
         }
     }
 
@@ -300,10 +292,47 @@ fn prove(layer: &Layer, device: &Path) -> Result<(), ErrorBody> {
 pub(crate) struct Tended {
     /// When to look again, in milliseconds.
     pub(crate) next_check_ms: u64,
+    /// For how many milliseconds the VM may write if nobody can look again.
+    pub(crate) safe_ms: u64,
     /// The VM must not write now: there is no room for it.
     pub(crate) must_pause: bool,
     /// The file was grown to so many bytes.
     pub(crate) grown_to: Option<u64>,
+}
+
+impl Tended {
+    /// As it was: there is room, and nothing was done.
+    fn new(used: u64, size: u64) -> Self {
+        Self {
+            next_check_ms: cow_next_check_ms(used, size, UNLIMITED_WRITES),
+            safe_ms: cow_safe_ms(used, size, UNLIMITED_WRITES),
+            must_pause: false,
+            grown_to: None,
+        }
+    }
+}
+
+/// A snapshot could not be tended.
+#[derive(Debug)]
+pub(crate) enum Untended {
+    /// The kernel has none: nothing helps.
+    Lost(ErrorBody),
+    /// It may be filling, and nobody knows.
+    Unknown(ErrorBody),
+}
+
+impl From<ErrorBody> for Untended {
+    fn from(error: ErrorBody) -> Self {
+        Self::Unknown(error)
+    }
+}
+
+impl From<Untended> for ErrorBody {
+    fn from(error: Untended) -> Self {
+        match error {
+            Untended::Lost(error) | Untended::Unknown(error) => error,
+        }
+    }
 }
 
 fn misunderstood() -> ErrorBody {

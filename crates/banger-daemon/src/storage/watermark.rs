@@ -2,7 +2,7 @@
 //! there is room. Nobody tells of a filling filesystem, so it is asked, as often as the headroom makes necessary, and
 //! only while a VM runs.
 
-use super::{Layer, Tended};
+use super::{Layer, Tended, Untended};
 use crate::record::VmRecord;
 use crate::registry::Registry;
 use crate::vm::actor::note;
@@ -15,7 +15,7 @@ use banger_core::decide::Request;
 use banger_core::id::VmId;
 use banger_core::phase::{PausedBy, Phase};
 use banger_core::spec::Storage;
-use banger_core::watermark::{UNLIMITED_WRITES, Verdict, filesystem, pause_at};
+use banger_core::watermark::{SHORTEST_MS, UNLIMITED_WRITES, Verdict, filesystem, pause_at};
 use banger_host::storage::{Space, allocated, space};
 use banger_vmm::driver::capabilities;
 use std::collections::HashMap;
@@ -24,14 +24,20 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::broadcast;
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 
 /// A VM that went on is not let go on again before this: what stops it may be a quota that we cannot see.
 const GOES_ON_EVERY: Duration = Duration::from_secs(5);
 /// How long VMs may take to be paused or to go on, before the filesystem is looked at again.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
-/// How soon a filesystem that could not be measured is measured again.
+/// How soon a filesystem that could not be measured is measured again, and a snapshot that is lost looked at.
 const AGAIN: Duration = Duration::from_secs(5);
+/// Between two looks is at least this: guests can make news without end.
+const PACE: Duration = Duration::from_millis(SHORTEST_MS);
+/// How long one look waits for those that tend snapshots; who is slower is seen by the next.
+const TEND_LIMIT: Duration = Duration::from_millis(100);
+/// How long a VM on a snapshot may run before that is seen for the first time: the start, or an earlier daemon, saw it.
+const SEEN_WITHIN: Duration = Duration::from_millis(500);
 
 /// Watches until the daemon goes down.
 pub(crate) async fn watch(world: Arc<World>, registry: Arc<Registry>) {
@@ -40,8 +46,10 @@ pub(crate) async fn watch(world: Arc<World>, registry: Arc<Registry>) {
     let mut known = HashMap::new();
     let mut all = All {
         due: Instant::now(),
+        giving_way: None,
     };
     loop {
+        let looked = Instant::now();
         // What changed until now is seen by this look.
         events = events.resubscribe();
         let next = look(&world, &registry, &mut known, &mut all).await;
@@ -50,13 +58,32 @@ pub(crate) async fn watch(world: Arc<World>, registry: Arc<Registry>) {
             () = vm_changed(&mut events, &known) => {}
             _ = down.wait_for(|down| *down) => return,
         }
+        tokio::time::sleep_until((looked + PACE).into()).await;
     }
 }
 
-/// When all VMs are measured: not each time that one of them changes, or a thousand starts would measure a million
-/// times.
+/// What is remembered beside the VMs.
 struct All {
+    /// When all are measured: not each time that one of them changes, or a thousand starts would measure a million
+    /// times.
     due: Instant,
+    /// A VM in the trash is being removed, which may take longer than there is time.
+    giving_way: Option<JoinHandle<bool>>,
+}
+
+impl All {
+    /// Makes room by what is in the trash. Whether room was made; who takes longer than `limit` is not waited for.
+    async fn give_way(&mut self, registry: &Arc<Registry>, limit: Duration) -> bool {
+        let giving_way = self.giving_way.get_or_insert_with(|| {
+            let registry = Arc::clone(registry);
+            tokio::spawn(async move { registry.give_way().await })
+        });
+        let Ok(gave_way) = tokio::time::timeout(limit, giving_way).await else {
+            return false;
+        };
+        self.giving_way = None;
+        gave_way.unwrap_or_default()
+    }
 }
 
 async fn after(next: Option<Duration>) {
@@ -98,18 +125,30 @@ struct Known {
     /// What it had taken of the host, by then.
     taken: Option<u64>,
     went_on: Option<Instant>,
-    /// When its snapshot must be tended again.
+    snapshot: Watched,
+}
+
+/// What is remembered of a VM's snapshot.
+#[derive(Debug, Default)]
+struct Watched {
+    /// When it must be tended again.
     tend_at: Option<Instant>,
+    /// When it began to be tended, and who does so.
+    tending: Option<(Instant, JoinHandle<Result<Tended, Untended>>)>,
+    /// Until then its copy-on-write file cannot be full, from what was seen last.
+    safe_until: Option<Instant>,
     /// Its copy-on-write file cannot grow.
     cramped: bool,
-    /// Its snapshot cannot be tended, which has been told.
+    /// Nobody knows how full its copy-on-write file is, and it could be full soon.
+    blind: bool,
+    /// It cannot be tended, which has been told.
     told: bool,
 }
 
 /// Looks at everything once. Gives the time to the next look, if a VM runs.
 async fn look(
     world: &Arc<World>,
-    registry: &Registry,
+    registry: &Arc<Registry>,
     known: &mut HashMap<VmId, Known>,
     all: &mut All,
 ) -> Option<Duration> {
@@ -130,17 +169,18 @@ async fn look(
     };
     let paused = live.iter().any(|(_, view)| is_paused_for_room(&view.phase));
     let mark = filesystem(room.available, room.total, UNLIMITED_WRITES, paused);
+    let mut next = Duration::from_millis(mark.next_check_ms);
+    next = next.min(tend_all(world, &live, known).await);
     // What was thrown away goes before anybody is paused, as long as there is the time.
-    if mark.verdict == Verdict::PauseGrowing && registry.give_way().await {
+    if mark.verdict == Verdict::PauseGrowing && all.give_way(registry, next).await {
         return Some(Duration::ZERO);
     }
     // All at once: one VM that is slow to answer must not let the others write on.
     let mut told = JoinSet::new();
-    let mut next = Duration::from_millis(mark.next_check_ms);
     let now = Instant::now();
     let is_due = all.due <= now || mark.verdict != Verdict::Ok;
     if is_due {
-        all.due = now + next;
+        all.due = now + Duration::from_millis(mark.next_check_ms);
     } else {
         next = next.min(all.due - now);
     }
@@ -152,21 +192,22 @@ async fn look(
     for (handle, view) in live {
         let known = known.entry(handle.id).or_default();
         known.stands = Some(std::mem::discriminant(&view.phase));
-        if view.record.spec.storage == Storage::Snapshot {
-            next = next.min(tend_in_time(world, &view, known).await);
-        }
         let taken = measured.get(&handle.id).copied();
         let grew = taken > known.taken && known.taken.is_some();
         known.taken = taken.or(known.taken);
         let is = Is {
             grew,
-            cramped: known.cramped,
+            cramped: known.snapshot.cramped,
+            blind: known.snapshot.blind,
             pauses_itself: pauses_itself(&view),
         };
         match intent(&view.phase, mark.verdict, is) {
             Intent::Nothing => {}
             Intent::Pause => {
-                told.spawn(pause(Arc::clone(world), handle, room, known.cramped));
+                told.spawn(pause(Arc::clone(world), handle, room, is));
+            }
+            Intent::End => {
+                told.spawn(end(Arc::clone(world), handle, room));
             }
             Intent::GoOn if known.went_on.is_some_and(|at| at.elapsed() < GOES_ON_EVERY) => {
                 next = next.min(GOES_ON_EVERY);
@@ -185,7 +226,7 @@ async fn look(
     {
         tracing::warn!("a VM does not answer whether it was paused for room, or goes on");
     }
-    if mark.verdict == Verdict::PauseAll && registry.give_way().await {
+    if mark.verdict == Verdict::PauseAll && all.give_way(registry, next).await {
         return Some(Duration::ZERO);
     }
     Some(next)
@@ -193,9 +234,9 @@ async fn look(
 
 fn is_watched(phase: &Phase) -> bool {
     match phase {
-        Phase::Running { reachable, .. } => *reachable,
+        Phase::Running { .. } | Phase::Stopping { .. } => true,
+        // One that a person paused writes nothing.
         Phase::Paused { by } => *by == PausedBy::FullDisk,
-        Phase::Stopping { .. } => true,
         Phase::Stopped { .. } | Phase::Starting { .. } => false,
     }
 }
@@ -250,6 +291,8 @@ pub(crate) fn is_paused_for_room(phase: &Phase) -> bool {
 enum Intent {
     Nothing,
     Pause,
+    /// Its VMM is ended: it cannot be paused, and would lose all that it ever wrote.
+    End,
     GoOn,
 }
 
@@ -260,19 +303,32 @@ struct Is {
     grew: bool,
     /// Its copy-on-write file cannot grow.
     cramped: bool,
+    /// Nobody knows how full its copy-on-write file is, and it could be full soon.
+    blind: bool,
     /// Its VMM pauses it when a write finds no room, and loses none.
     pauses_itself: bool,
 }
 
 /// What is to be done about one VM.
 fn intent(phase: &Phase, verdict: Verdict, is: Is) -> Intent {
+    let running = matches!(
+        phase,
+        Phase::Running {
+            reachable: true,
+            ..
+        }
+    );
     match (phase, verdict) {
-        // One that stops is let write its last: below the mark there is room kept for that.
-        (Phase::Running { .. }, _) if is.cramped => Intent::Pause,
+        _ if running && (is.cramped || is.blind) => Intent::Pause,
+        // Only what it has not yet written is lost, instead of everything. On a guess nobody is ended.
+        (Phase::Running { .. } | Phase::Stopping { .. }, _) if is.cramped => Intent::End,
         // One that writes nothing, and would lose nothing if it did, can still be stopped in order.
-        (Phase::Running { .. }, Verdict::PauseAll) if is.grew || !is.pauses_itself => Intent::Pause,
-        (Phase::Running { .. }, Verdict::PauseGrowing) if is.grew => Intent::Pause,
-        (phase, Verdict::Ok) if is_paused_for_room(phase) && !is.cramped => Intent::GoOn,
+        (_, Verdict::PauseAll) if running && (is.grew || !is.pauses_itself) => Intent::Pause,
+        // One that stops is let write its last: below the mark there is room kept for that.
+        (_, Verdict::PauseGrowing) if running && is.grew => Intent::Pause,
+        (phase, Verdict::Ok) if is_paused_for_room(phase) && !is.cramped && !is.blind => {
+            Intent::GoOn
+        }
         _ => Intent::Nothing,
     }
 }
@@ -326,60 +382,133 @@ fn read_write_bytes(io: &str) -> Option<u64> {
         .ok()
 }
 
-/// Tends a VM's snapshot if it is time. Gives the time until it must be done again.
-async fn tend_in_time(world: &Arc<World>, view: &View, known: &mut Known) -> Duration {
+/// Tends the snapshots for which it is time, side by side. Gives the time until it must be done again.
+async fn tend_all(
+    world: &Arc<World>,
+    live: &[(Handle, View)],
+    known: &mut HashMap<VmId, Known>,
+) -> Duration {
+    let on_snapshots = live
+        .iter()
+        .map(|(_, view)| &view.record)
+        .filter(|record| record.spec.storage == Storage::Snapshot);
     let now = Instant::now();
-    if let Some(at) = known.tend_at
-        && at > now
-    {
-        return at - now;
+    for record in on_snapshots.clone() {
+        let watched = &mut known.entry(record.id).or_default().snapshot;
+        if watched.tending.is_none() && watched.tend_at.is_none_or(|at| at <= now) {
+            let (world, record) = (Arc::clone(world), Arc::clone(record));
+            let tending = tokio::task::spawn_blocking(move || {
+                let layer = Layer::of(&world, &record, &VmFiles::of(&world.paths, record.id))?;
+                world.storage.snapshot().tend(&layer)
+            });
+            watched.tending = Some((now, tending));
+        }
     }
-    let record = Arc::clone(&view.record);
-    let shared = Arc::clone(world);
-    let tended = tokio::task::spawn_blocking(move || {
-        let files = VmFiles::of(&shared.paths, record.id);
-        let layer = Layer::of(&shared, &record, &files)?;
-        shared.storage.snapshot().tend(&layer)
-    });
-    let next = match tended.await {
-        Ok(Ok(Tended {
-            next_check_ms,
-            must_pause,
-            grown_to,
-        })) => {
-            known.cramped = must_pause;
-            known.told = false;
-            if let Some(bytes) = grown_to {
-                let text = format!("its copy-on-write file has {} MiB now", bytes >> 20);
-                note(world, view.record.id, "storage", text, None);
+    let until = now + TEND_LIMIT;
+    let mut next = Duration::MAX;
+    for record in on_snapshots {
+        let watched = &mut known.entry(record.id).or_default().snapshot;
+        if let Some((since, tending)) = &mut watched.tending {
+            let since = *since;
+            let tended = match tokio::time::timeout_at(until.into(), tending).await {
+                Ok(tended) => {
+                    watched.tending = None;
+                    Some(tended.unwrap_or_else(|error| {
+                        Err(Untended::Unknown(ErrorBody::from_error(
+                            ErrorCode::Internal,
+                            &error,
+                        )))
+                    }))
+                }
+                Err(_) => None,
+            };
+            if let Some(text) = watched.see(since, Instant::now(), tended) {
+                note(world, record.id, "storage", text, None);
             }
-            Duration::from_millis(next_check_ms)
         }
-        Ok(Err(error)) => {
-            if !known.told {
-                known.told = true;
-                tracing::error!(vm = %view.record.id, error = error.message, causes = ?error.causes, "a snapshot cannot be tended");
-                note(world, view.record.id, "storage", error.message, None);
-            }
-            AGAIN
-        }
-        Err(error) => {
-            tracing::error!(vm = %view.record.id, %error, "tending a snapshot panicked");
-            AGAIN
-        }
-    };
-    known.tend_at = Some(Instant::now() + next);
+        let tend_at = watched.tend_at.unwrap_or(now);
+        next = next.min(tend_at.saturating_duration_since(Instant::now()));
+    }
     next
 }
 
-async fn pause(world: Arc<World>, handle: Handle, room: Space, cramped: bool) {
+impl Watched {
+    /// Learns from a tending that began at `since` and has answered, or not yet. Gives what is new and worth telling.
+    fn see(
+        &mut self,
+        since: Instant,
+        now: Instant,
+        tended: Option<Result<Tended, Untended>>,
+    ) -> Option<String> {
+        match tended {
+            Some(Ok(tended)) => {
+                self.cramped = tended.must_pause;
+                self.blind = false;
+                self.told = false;
+                // What was seen is no younger than the question.
+                self.safe_until = Some(since + Duration::from_millis(tended.safe_ms));
+                self.tend_at = Some(now + Duration::from_millis(tended.next_check_ms));
+                let bytes = tended.grown_to?;
+                Some(format!(
+                    "its copy-on-write file has {} MiB now",
+                    bytes >> 20
+                ))
+            }
+            // Its VM can save what it has in memory, and nothing is made worse.
+            Some(Err(Untended::Lost(error))) => {
+                self.blind = false;
+                self.tend_at = Some(now + AGAIN);
+                self.tell(error)
+            }
+            Some(Err(Untended::Unknown(error))) => {
+                self.not_seen(since, now);
+                self.tell(error)
+            }
+            None => {
+                self.not_seen(since, now);
+                None
+            }
+        }
+    }
+
+    /// Soon again; what could be full before that is a reason to pause.
+    fn not_seen(&mut self, since: Instant, now: Instant) {
+        let safe_until = *self.safe_until.get_or_insert(since + SEEN_WITHIN);
+        self.blind = now + PACE >= safe_until;
+        self.tend_at = Some(now + PACE);
+    }
+
+    fn tell(&mut self, error: ErrorBody) -> Option<String> {
+        if std::mem::replace(&mut self.told, true) {
+            return None;
+        }
+        tracing::error!(
+            error = error.message,
+            causes = ?error.causes,
+            "a snapshot cannot be tended"
+        );
+        Some(error.message)
+    }
+}
+
+async fn pause(world: Arc<World>, handle: Handle, room: Space, is: Is) {
     let free = room.available >> 20;
-    let why = if cramped {
+    let why = if is.cramped {
         format!("paused: its copy-on-write file is full, and the host has {free} MiB free")
+    } else if is.blind {
+        "paused: nobody can say whether its copy-on-write file is full".to_owned()
     } else {
         format!("paused: the host's filesystem has {free} MiB free")
     };
     tell(&world, &handle, Request::Pause, why).await;
+}
+
+async fn end(world: Arc<World>, handle: Handle, room: Space) {
+    let free = room.available >> 20;
+    let why = format!(
+        "ended, as it cannot be paused: its copy-on-write file is full, and the host has {free} MiB free"
+    );
+    tell(&world, &handle, Request::Kill, why).await;
 }
 
 async fn go_on(world: Arc<World>, handle: Handle) {
@@ -417,6 +546,7 @@ mod tests {
     const IDLE: Is = Is {
         grew: false,
         cramped: false,
+        blind: false,
         pauses_itself: false,
     };
     const GROWS: Is = Is { grew: true, ..IDLE };
@@ -478,6 +608,61 @@ mod tests {
         assert_eq!(intent(&RUNNING, Verdict::Ok, CRAMPED), Intent::Pause);
         let full = paused(PausedBy::FullDisk);
         assert_eq!(intent(&full, Verdict::Ok, CRAMPED), Intent::Nothing);
+    }
+
+    #[test]
+    fn one_that_cannot_be_paused_is_ended_only_when_its_copy_on_write_file_is_surely_full() {
+        let blind = Is {
+            blind: true,
+            ..IDLE
+        };
+        assert_eq!(intent(&RUNNING, Verdict::Ok, blind), Intent::Pause);
+        let full = paused(PausedBy::FullDisk);
+        assert_eq!(intent(&full, Verdict::Ok, blind), Intent::Nothing);
+        let stopping = Phase::Stopping {
+            deadline: jiff::Timestamp::UNIX_EPOCH,
+        };
+        let unreachable = Phase::Running {
+            ready: true,
+            reachable: false,
+        };
+        for phase in [stopping, unreachable] {
+            assert!(is_watched(&phase), "{phase:?}");
+            assert_eq!(intent(&phase, Verdict::Ok, CRAMPED), Intent::End);
+            assert_eq!(intent(&phase, Verdict::Ok, blind), Intent::Nothing);
+            assert_eq!(intent(&phase, Verdict::PauseAll, GROWS), Intent::Nothing);
+        }
+    }
+
+    #[test]
+    fn a_snapshot_that_cannot_be_tended_is_tried_again_at_once_and_its_vm_paused_before_it_is_full()
+    {
+        let error = || Untended::Unknown(ErrorBody::new(ErrorCode::Internal, "too many requests"));
+        let since = Instant::now();
+        let at = |ms| since + Duration::from_millis(ms);
+        let mut watched = Watched::default();
+        let good = Tended {
+            next_check_ms: 199,
+            safe_ms: 474,
+            must_pause: false,
+            grown_to: None,
+        };
+        assert_eq!(watched.see(since, at(5), Some(Ok(good.clone()))), None);
+        // It is told once, tried again at the pace, and nobody is paused while there is time.
+        assert!(watched.see(at(204), at(210), Some(Err(error()))).is_some());
+        assert_eq!(watched.tend_at, Some(at(210) + PACE));
+        assert!(!watched.blind);
+        assert_eq!(watched.see(at(230), at(440), Some(Err(error()))), None);
+        assert!(!watched.blind);
+        // Who does not answer is as one who refuses.
+        watched.see(at(440), at(460), None);
+        assert!(watched.blind);
+        watched.see(at(480), at(485), Some(Ok(good)));
+        assert!(!watched.blind && watched.tend_at == Some(at(684)));
+        // One that is lost is not paused for that.
+        let lost = Untended::Lost(ErrorBody::new(ErrorCode::Internal, "lost"));
+        assert!(watched.see(at(5000), at(5001), Some(Err(lost))).is_some());
+        assert!(!watched.blind && watched.tend_at == Some(at(5001) + AGAIN));
     }
 
     #[test]
