@@ -77,6 +77,14 @@ fn time_to_write(bytes: u64, write_limit: u64) -> u64 {
     u64::try_from(milliseconds).unwrap_or(u64::MAX)
 }
 
+/// Whether it helps who needs `needed` bytes, and found no room where `free` are, to remove what the trash holds there.
+pub const fn trash_would_do(needed: u64, free: u64, held: u64) -> bool {
+    free < needed.saturating_add(CREATE_ROOM) && needed <= free.saturating_add(held)
+}
+
+/// What making a VM takes at most beside its layer, in bytes: small files, and what the filesystem needs for itself.
+const CREATE_ROOM: u64 = 64 << 20;
+
 /// What is to be done about a snapshot's copy-on-write file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CowVerdict {
@@ -172,6 +180,16 @@ mod tests {
         assert_eq!(at(GIB / 2, true), Verdict::PauseAll);
         assert_eq!(at(GIB + 1, true), Verdict::Hold);
         assert_eq!(at(2 * GIB, true), Verdict::Ok);
+    }
+
+    #[test]
+    fn the_trash_is_kept_where_it_would_not_help() {
+        assert!(trash_would_do(512 * MIB, 400 * MIB, 200 * MIB));
+        // Another filesystem is full.
+        assert!(!trash_would_do(512 * MIB, 100 * GIB, 200 * MIB));
+        // All of it is not enough.
+        assert!(!trash_would_do(50 * GIB, 10 * GIB, 20 * GIB));
+        assert!(trash_would_do(0, 0, 1));
     }
 
     #[test]

@@ -4,8 +4,10 @@
 use crate::images::find;
 use crate::keys;
 use crate::record::VmRecord;
+use crate::storage::Layer;
 use crate::vm::actor::{self, Found};
 use crate::vm::changing::port_taken;
+use crate::vm::files::VmFiles;
 use crate::vm::{Ask, Change, Handle, View};
 use crate::world::World;
 use crate::{convert, create};
@@ -17,7 +19,9 @@ use banger_core::id::VmId;
 use banger_core::name::VmName;
 use banger_core::phase::{Desired, Phase};
 use banger_core::publish::PublishedPort;
+use banger_core::watermark::trash_would_do;
 use banger_core::words::free_name;
+use banger_host::storage::{allocated, space};
 use jiff::Timestamp;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::Ipv4Addr;
@@ -387,6 +391,29 @@ impl Registry {
         outcomes
     }
 
+    /// Whether a VM found no room that the trash holds: another filesystem may be full, or all of it not enough.
+    async fn trash_would_do(&self, world: &Arc<World>, record: &VmRecord) -> bool {
+        let trashed: Vec<VmId> = self.list(true).iter().map(|handle| handle.id).collect();
+        let (world, record) = (Arc::clone(world), record.clone());
+        let judged = tokio::task::spawn_blocking(move || {
+            let layer = Layer::of(&world, &record, &VmFiles::of(&world.paths, record.id)).ok()?;
+            let free = space(&world.paths.vms()).ok()?.available;
+            let held = trashed.into_iter().map(|id| {
+                let files = VmFiles::of(&world.paths, id);
+                [files.overlay(), files.disk()]
+                    .iter()
+                    .map(|file| allocated(file).unwrap_or_default())
+                    .sum::<u64>()
+            });
+            Some(trash_would_do(
+                layer.room(record.spec.storage),
+                free,
+                held.sum(),
+            ))
+        });
+        judged.await.ok().flatten().unwrap_or_default()
+    }
+
     /// Room is needed: removes the VM that has been in the trash for longest. Whether there was one that could go.
     pub(crate) async fn give_way(&self) -> bool {
         let mut trashed = self.list(true);
@@ -547,7 +574,10 @@ impl Registry {
         };
         while let Err(error) = create::make(world, &record).await {
             // A VM that is made is worth more than one that was thrown away.
-            if error.code == ErrorCode::NoSpace && self.give_way().await {
+            if error.code == ErrorCode::NoSpace
+                && self.trash_would_do(world, &record).await
+                && self.give_way().await
+            {
                 continue;
             }
             world.images.unpin(id);

@@ -107,6 +107,18 @@ impl Layer {
         })
     }
 
+    /// The room that the layer takes when it is made, in bytes.
+    pub(crate) fn room(&self, storage: Storage) -> u64 {
+        match storage {
+            Storage::Reflink | Storage::Overlay => 0,
+            Storage::Copy => banger_host::storage::allocated(&self.image).unwrap_or_default(),
+            Storage::Snapshot => {
+                let image = self.image_bytes().unwrap_or_default();
+                banger_core::watermark::cow_first(image + self.overlay_bytes)
+            }
+        }
+    }
+
     fn image_bytes(&self) -> Result<u64, ErrorBody> {
         let facts = std::fs::metadata(&self.image);
         facts

@@ -4,8 +4,8 @@
 mod message;
 
 use linux_raw_sys::ioctl::{
-    DM_DEV_CREATE, DM_DEV_REMOVE, DM_DEV_STATUS, DM_DEV_SUSPEND, DM_LIST_DEVICES, DM_TABLE_DEPS,
-    DM_TABLE_LOAD, DM_TABLE_STATUS, DM_VERSION,
+    DM_DEV_CREATE, DM_DEV_REMOVE, DM_DEV_STATUS, DM_DEV_SUSPEND, DM_TABLE_DEPS, DM_TABLE_LOAD,
+    DM_TABLE_STATUS, DM_VERSION,
 };
 use message::{Answer, Message, Request, encode_table};
 use rustix::fd::{AsFd, OwnedFd};
@@ -13,6 +13,7 @@ use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::ioctl::ioctl;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The control node, which udev makes where there is one.
 const CONTROL: &str = "/dev/mapper/control";
@@ -281,24 +282,6 @@ impl Control {
         answer.dependencies()
     }
 
-    /// The uuids of all devices that have one.
-    ///
-    /// # Errors
-    /// The kernel refuses.
-    pub fn uuids(&self) -> Result<Vec<String>, DmError> {
-        let answer = self.ask::<DM_LIST_DEVICES>("list", By::Nothing, 0, 0, &[])?;
-        let mut uuids = Vec::new();
-        for name in answer.names()? {
-            // One may go while we look.
-            if let Some(device) = self.look(By::Name(&name))?
-                && !device.uuid.is_empty()
-            {
-                uuids.push(device.uuid);
-            }
-        }
-        Ok(uuids)
-    }
-
     fn ask<const CODE: u32>(
         &self,
         action: &'static str,
@@ -350,7 +333,10 @@ impl Control {
 
 /// Makes a node of our own for as long as it takes to open it.
 fn open_by_number(flags: OFlags) -> Result<OwnedFd, Errno> {
-    let path = PathBuf::from(format!("/dev/.banger-device-mapper-{}", std::process::id()));
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    // Two threads must not take the node from each other.
+    let (pid, nth) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    let path = PathBuf::from(format!("/dev/.banger-device-mapper-{pid}-{nth}"));
     let (major, minor) = CONTROL_DEVICE;
     let number = rustix::fs::makedev(major, minor);
     let mode = Mode::RUSR | Mode::WUSR;

@@ -99,6 +99,13 @@ impl Names {
     }
 }
 
+impl Names {
+    fn are_seen(&self, uuids: &[String]) -> bool {
+        let ours = |uuid: &String| *uuid == self.snapshot || *uuid == self.origin;
+        uuids.iter().any(ours)
+    }
+}
+
 /// Does one of the operations on snapshots for the user `uid`.
 ///
 /// # Errors
@@ -137,30 +144,19 @@ pub fn perform(
     }
 }
 
-/// The devices of `uid`: snapshots and their origins.
-///
-/// # Errors
-/// The kernel refuses.
-pub fn list(uid: u32) -> Result<Vec<OwnedObject>, SnapshotError> {
-    let control = match Control::open() {
-        // What does not exist, or is nobody's but root's, holds nothing of ours.
-        Err(DmError::Missing | DmError::NoPermission) => return Ok(Vec::new()),
-        control => control?,
-    };
-    let mut found: Vec<OwnedObject> = control
-        .uuids()?
-        .into_iter()
-        .filter_map(|name| {
-            let (instance, _) = parse(uid, &name)?;
-            Some(OwnedObject {
-                kind: OwnedKind::Snapshot,
-                name,
-                instance,
-            })
+/// The devices of `uid`: snapshots and their origins. However many devices a machine has, they are all seen.
+pub fn list(uid: u32) -> Vec<OwnedObject> {
+    let ours = dm::seen().into_iter().filter_map(|name| {
+        let (instance, _) = parse(uid, &name)?;
+        Some(OwnedObject {
+            kind: OwnedKind::Snapshot,
+            name,
+            instance,
         })
-        .collect();
+    });
+    let mut found: Vec<OwnedObject> = ours.collect();
     found.sort();
-    Ok(found)
+    found
 }
 
 /// The VMs of `uid` and `instance` that have a snapshot, or the rest of one, which everybody may see.
@@ -281,8 +277,8 @@ fn give(uid: u32, device: &Device) -> Result<(), SnapshotError> {
 /// must not wait for that.
 fn detach(names: &Names) -> Result<(), SnapshotError> {
     let control = match Control::open() {
-        // Without device-mapper there is nothing to detach.
-        Err(DmError::Missing) => return Ok(()),
+        // Without device-mapper there is nothing to detach; but one that is there speaks against that.
+        Err(DmError::Missing) if !names.are_seen(&dm::seen()) => return Ok(()),
         control => control?,
     };
     let deadline = Instant::now() + CLOSED_WITHIN;
@@ -380,7 +376,9 @@ mod tests {
             assert_eq!(instance.as_uuid().as_u128(), 1);
             assert_eq!(vm.as_uuid().as_u128(), 2);
             assert_eq!(parse(0, uuid), None);
+            assert!(names.are_seen(&["other".to_owned(), uuid.clone()]));
         }
+        assert!(!names.are_seen(&[format!("{}-other", names.snapshot)]));
         assert_eq!(parse(0, "BANGER-0-é"), None);
         assert_eq!(parse(0, "LVM-something"), None);
     }

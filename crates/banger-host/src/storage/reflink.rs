@@ -124,6 +124,9 @@ pub(super) fn filesystem_of(kind: i64) -> Option<&'static str> {
         0x794c_7630 => "overlayfs",
         0x6573_5546 => "FUSE",
         0x6969 => "NFS",
+        0xff53_4d42 | 0xfe53_4d42 => "CIFS",
+        0x0102_1997 => "9p",
+        0x00c3_6400 => "Ceph",
         _ => return None,
     })
 }

@@ -38,6 +38,12 @@ pub enum FileError {
         /// The filesystem's name.
         filesystem: &'static str,
     },
+    /// It begins as no copy-on-write file of ours does.
+    #[error(
+        "the copy-on-write file does not begin as one with chunks of {} sectors",
+        super::ops::CHUNK_SECTORS
+    )]
+    Header,
     /// It cannot be looked at.
     #[error("the {what} of a snapshot cannot be looked at")]
     Look {
@@ -49,9 +55,12 @@ pub enum FileError {
     },
 }
 
-/// Filesystems whose files are served by a program or by another filesystem: who reads from them may wait for ever,
-/// and the kernel does not see the same file behind two descriptors.
-pub const STACKED: [&str; 2] = ["FUSE", "overlayfs"];
+/// Filesystems whose files are served by a program, another machine or another filesystem: who reads from them may wait
+/// for ever, and the kernel does not see the same file behind two descriptors.
+pub const STACKED: [&str; 6] = ["FUSE", "overlayfs", "NFS", "CIFS", "9p", "Ceph"];
+
+/// How a copy-on-write file begins: a magic number, whether it is whole, a version, and the sectors of a chunk.
+const HEADER_BYTES: usize = 16;
 
 /// Checks the image: a file of `uid`, open for reading alone.
 ///
@@ -76,14 +85,27 @@ pub fn check_cow(file: BorrowedFd<'_>, uid: u32) -> Result<(), FileError> {
     let what = "copy-on-write file";
     let flags = check(what, file, uid)?;
     // The kernel's own writes go where it likes, also in a file that its user may only append to.
-    if flags & OFlags::ACCMODE == OFlags::RDWR && !flags.contains(OFlags::APPEND) {
-        return Ok(());
+    if flags & OFlags::ACCMODE != OFlags::RDWR || flags.contains(OFlags::APPEND) {
+        let wanted = "open for reading and writing, and not for appending";
+        return Err(FileError::Wrong { what, wanted });
     }
-    let wanted = "open for reading and writing, and not for appending";
-    Err(FileError::Wrong { what, wanted })
+    let mut begins = [0; HEADER_BYTES];
+    let look = |source| FileError::Look { what, source };
+    let read = rustix::io::pread(file, &mut begins, 0).map_err(look)?;
+    if begins[..read].iter().any(|&byte| byte != 0) && !is_ours(&begins) {
+        return Err(FileError::Header);
+    }
+    Ok(())
 }
 
-/// What both must be; answers how it is open. No content is looked at.
+/// The kernel believes the chunk's size that is written there, and takes memory for it. Whether the file is whole is
+/// for the kernel to judge.
+fn is_ours(begins: &[u8; HEADER_BYTES]) -> bool {
+    let chunk = super::ops::CHUNK_SECTORS.to_le_bytes();
+    begins[..4] == *b"SnAp" && begins[8..12] == [1, 0, 0, 0] && begins[12..] == chunk[..4]
+}
+
+/// What both must be; answers how it is open. No content is looked at, which could take for ever.
 fn check(what: &'static str, file: BorrowedFd<'_>, uid: u32) -> Result<OFlags, FileError> {
     let look = |source| FileError::Look { what, source };
     let facts = rustix::fs::fstat(file).map_err(look)?;
@@ -158,6 +180,31 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_on_write_file_whose_chunks_would_take_the_kernels_memory_is_refused() {
+        use std::os::unix::fs::FileExt;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let check = |begins: &[u8]| {
+            file.as_file().set_len(0).unwrap();
+            file.as_file().write_all_at(begins, 0).unwrap();
+            check_cow(file.as_file().as_fd(), uid())
+        };
+        check(b"").unwrap();
+        check(&[0; 4096]).unwrap();
+        check(b"SnAp\x01\0\0\0\x01\0\0\0\x08\0\0\0rest").unwrap();
+        // One that the kernel has dropped is for the kernel to refuse.
+        check(b"SnAp\0\0\0\0\x01\0\0\0\x08\0\0\0").unwrap();
+        for wrong in [
+            &b"SnAp\x01\0\0\0\x01\0\0\0\0\0\0\x40"[..],
+            b"SnAp\x01\0\0\0\x02\0\0\0\x08\0\0\0",
+            b"SnAp",
+            b"something else",
+        ] {
+            let error = check(wrong).unwrap_err();
+            assert!(matches!(error, FileError::Header), "{error}");
+        }
+    }
+
+    #[test]
     fn a_file_of_somebody_else_is_refused_however_it_was_opened() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let readable = File::open(file.path()).unwrap();
@@ -187,7 +234,16 @@ mod tests {
             "{said}"
         );
         for name in STACKED {
-            let known = [0x6573_5546, 0x794c_7630].map(filesystem_of);
+            let numbers = [
+                0x6573_5546,
+                0x794c_7630,
+                0x6969,
+                0xff53_4d42,
+                0xfe53_4d42,
+                0x0102_1997,
+                0x00c3_6400,
+            ];
+            let known = numbers.map(filesystem_of);
             assert!(known.contains(&Some(name)));
         }
     }

@@ -2,15 +2,24 @@
 
 use crate::context::{Context, block_on};
 use crate::ensure_daemon::{status, stop_if_running};
-use crate::report::{Outcome, note};
+use crate::report::{Outcome, note, warn};
 use crate::systemd;
+use banger_api::client::Client;
 use banger_api::daemon::StopDaemon;
+use banger_api::endpoint::GetVms;
+use banger_api::paths::Paths;
+use banger_api::vm::{ListVms, Vm};
+use banger_core::spec::Storage;
+use banger_core::watermark::COW_STEP;
 use std::time::Duration;
 
 /// How long the daemon may take to end when it stops no VMs.
 const LIMIT: Duration = Duration::from_secs(30);
 /// How long when it stops VMs first: a guest has 30 s before it is ended, and guests stop side by side.
 const LIMIT_WITH_VMS: Duration = Duration::from_secs(300);
+
+/// How long a daemon that is to end is asked for what runs.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// Stop the daemon; VMs run on unless `--vms` is given
 ///
@@ -46,9 +55,70 @@ pub(crate) fn run(args: StopArgs) -> Outcome {
             context.daemon().await?;
         }
         let limit = if args.vms { LIMIT_WITH_VMS } else { LIMIT };
+        let alone = if args.vms {
+            None
+        } else {
+            left_alone(&running(&context.paths).await)
+        };
         if !stop_if_running(&context.paths, request, limit).await? {
             note("the daemon does not run");
+        } else if let Some(message) = alone {
+            warn(
+                &message,
+                &["`banger daemon start` before they fill up, or `banger daemon stop --vms` instead".to_owned()],
+            );
         }
         Ok(0)
     })
+}
+
+/// What the daemon shows of its VMs; nothing if it does not answer.
+async fn running(paths: &Paths) -> Vec<Vm> {
+    let (client, all) = (Client::new(paths.socket()), ListVms { trash: false });
+    let listed = tokio::time::timeout(ANSWER_LIMIT, client.call::<GetVms>(&[], &all)).await;
+    listed.ok().and_then(Result::ok).unwrap_or_default()
+}
+
+/// What a person must know who stops the daemon while these VMs run on.
+fn left_alone(vms: &[Vm]) -> Option<String> {
+    let on_snapshots: Vec<String> = vms
+        .iter()
+        .filter(|vm| vm.phase.is_live() && vm.spec.storage == Storage::Snapshot)
+        .map(|vm| format!("`{}`", vm.name))
+        .collect();
+    (!on_snapshots.is_empty()).then(|| {
+        format!(
+            "no daemon runs now that looks after the snapshots of {}: a VM that writes more than its copy-on-write file \
+             has free, which may be as little as {} MiB, loses all that it ever wrote",
+            on_snapshots.join(", "),
+            (COW_STEP / 5) >> 20
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::commands::vm::render::tests::vm;
+    use serde_json::json;
+
+    #[test]
+    fn who_stops_the_daemon_is_told_which_running_snapshots_nobody_looks_after() {
+        let running = || json!({"state": "running", "ready": true, "reachable": true});
+        let mut on_snapshot = vm("box", running());
+        on_snapshot.spec.storage = Storage::Snapshot;
+        let mut stopped = vm(
+            "off",
+            json!({"state": "stopped", "why": {"reason": "asked"}}),
+        );
+        stopped.spec.storage = Storage::Snapshot;
+        let mut other = vm("other", running());
+        other.spec.storage = Storage::Reflink;
+        assert_eq!(left_alone(&[stopped.clone(), other.clone()]), None);
+        let said = left_alone(&[stopped, other, on_snapshot]).unwrap();
+        assert!(
+            said.contains("snapshots of `box`: ") && said.contains("102 MiB"),
+            "{said}"
+        );
+    }
 }

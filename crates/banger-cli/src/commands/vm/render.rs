@@ -262,7 +262,7 @@ pub(super) fn details(vm: &Vm, now: Option<&VmNetwork>) -> String {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
     use banger_api::network::VmPort;
     use banger_core::phase::StartStep;

@@ -9,7 +9,7 @@ use std::ffi::c_void;
 const HEADER_BYTES: usize = 312;
 /// `struct dm_target_spec`.
 const TARGET_BYTES: usize = 40;
-/// Room for what the kernel answers: a few targets of one line each, or all devices of a machine.
+/// Room for what the kernel answers: a few targets of one line each.
 const ANSWER_BYTES: usize = 64 * 1024;
 const NAME_BYTES: usize = 128;
 const UUID_BYTES: usize = 129;
@@ -179,25 +179,6 @@ impl Answer {
         }
         let number = |index| Number::from_kernel(self.message.long(start + 8 + index * 8));
         Ok((0..count).map(number).collect())
-    }
-
-    pub(super) fn names(&self) -> Result<Vec<String>, DmError> {
-        let mut names = Vec::new();
-        let mut at = self.start();
-        loop {
-            if at + 12 > self.limit() {
-                return Err(self.wrong());
-            }
-            // The first record's number is 0 if there is no device at all.
-            if self.message.long(at) == 0 {
-                return Ok(names);
-            }
-            names.push(self.message.text(at + 12, NAME_BYTES));
-            match self.message.word(at + 8) as usize {
-                0 => return Ok(names),
-                next => at += next,
-            }
-        }
     }
 }
 
