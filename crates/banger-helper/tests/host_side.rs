@@ -518,6 +518,106 @@ fn the_routes_of_a_vpn_are_seen_in_whatever_table_and_shape() {
 }
 
 #[test]
+fn a_pool_in_which_the_host_reaches_somebody_by_its_default_route_is_refused() {
+    let Some(machine) =
+        Machine::new("a_pool_in_which_the_host_reaches_somebody_by_its_default_route_is_refused")
+    else {
+        return;
+    };
+    let instance = Instance::new(1);
+    for (does, undoes, what) in [
+        (
+            "ip route add default via 172.31.16.9 dev eth0 onlink metric 9",
+            "ip route del default via 172.31.16.9",
+            "gateway 172.31.16.9 ",
+        ),
+        (
+            "ip neigh add 172.31.17.9 lladdr 02:00:00:00:00:09 dev eth0",
+            "ip neigh del 172.31.17.9 dev eth0",
+            "neighbour 172.31.17.9 ",
+        ),
+    ] {
+        sh(does);
+        let before = machine.state();
+        let refused = machine.attach(&instance).unwrap_err().to_string();
+        assert!(refused.contains(what), "{refused}");
+        assert_eq!(machine.state(), before);
+        // Nor would a new instance choose it.
+        let known = banger_host::net::host::host_routes().unwrap();
+        let pool = instance.pool.network();
+        assert!(
+            known
+                .iter()
+                .any(|net| net.prefix() > 0 && net.overlaps(&pool))
+        );
+        sh(undoes);
+    }
+    machine.attach(&instance).unwrap();
+    machine.perform(&instance.detach()).unwrap();
+}
+
+#[test]
+fn a_default_route_with_an_odd_name_is_told_to_who_asks_for_nat_and_stops_nobody_else() {
+    let Some(machine) = Machine::new(
+        "a_default_route_with_an_odd_name_is_told_to_who_asks_for_nat_and_stops_nobody_else",
+    ) else {
+        return;
+    };
+    let [one, two] = [1, 2].map(Instance::new);
+    machine.attach(&one).unwrap();
+    machine.nat(&one);
+    sh(
+        "ip link add 'vpn#1' type bridge; ip link set 'vpn#1' up; ip route add default dev 'vpn#1' metric 9",
+    );
+    let settled = machine.host.settle().unwrap();
+    assert!(settled.failed.is_empty(), "{:?}", settled.failed);
+    machine.attach(&two).unwrap();
+    let refused = machine.perform(&two.ensure_nat());
+    assert!(matches!(&refused, Err(HostOpError::OddName(name)) if name == "vpn#1"));
+    machine.perform(&two.detach()).unwrap();
+    sh("ip link del 'vpn#1'");
+    assert_eq!(machine.nat(&one).uplinks, ["eth0"]);
+}
+
+#[test]
+fn two_keepers_of_different_versions_leave_each_others_rules() {
+    let Some(machine) = Machine::new("two_keepers_of_different_versions_leave_each_others_rules")
+    else {
+        return;
+    };
+    let [one, two] = [1, 2].map(Instance::new);
+    machine.attach(&one).unwrap();
+    let record = machine.folder.join(format!("{}.json", one.id));
+    let ours = std::fs::read_to_string(&record).unwrap();
+    let (first, rest) = ours.split_once("\"made_from\":").unwrap();
+    let (_, last) = rest.split_once('}').unwrap();
+    let theirs = format!("{first}\"made_from\":7}}{last}");
+    std::fs::write(&record, &theirs).unwrap();
+    // What is done for another instance leaves it, and what is done for this one does not.
+    machine.attach(&two).unwrap();
+    assert_eq!(std::fs::read_to_string(&record).unwrap(), theirs);
+    machine.attach(&one).unwrap();
+    assert_eq!(std::fs::read_to_string(&record).unwrap(), ours);
+    // A keeper does so once, when it comes up.
+    std::fs::write(&record, &theirs).unwrap();
+    let (told, settled) = std::sync::mpsc::channel();
+    let keeping = machine.host.keep(move |settled| {
+        let _ = told.send(settled.unwrap().repaired);
+        ControlFlow::Continue(())
+    });
+    let _keeping = keeping.unwrap();
+    let limit = Duration::from_secs(20);
+    assert_eq!(settled.recv_timeout(limit).unwrap(), [one.id]);
+    let seen = || std::fs::read_to_string(&record).unwrap();
+    wait_for("our own rules", || seen() == ours);
+    while settled.recv_timeout(Duration::from_millis(500)).is_ok() {}
+    std::fs::write(&record, &theirs).unwrap();
+    sh("ip link add other0 type bridge");
+    assert_eq!(settled.recv_timeout(limit).unwrap(), []);
+    assert_eq!(seen(), theirs);
+}
+
+#[test]
 fn an_instance_keeps_its_pool_when_a_vpn_routes_it_elsewhere_later() {
     let Some(machine) =
         Machine::new("an_instance_keeps_its_pool_when_a_vpn_routes_it_elsewhere_later")

@@ -1,7 +1,7 @@
 //! Host operations in this process, which is root.
 //!
-//! Every operation holds the ledger, so that one at a time changes the host; and every one ends by settling all that
-//! is recorded: what has lost its veth is forgotten, and what differs is put right.
+//! Every operation on the network holds the ledger, so that one at a time changes it; and every one ends by settling
+//! all that is recorded: what has lost its veth is forgotten, and what differs is put right.
 
 use super::ledger::{Ledger, Record, TableMark};
 use super::table::{self, Contents, Tables};
@@ -10,11 +10,12 @@ use super::{closed, descriptor, forwarding, resolved, veth};
 use crate::crash::{operation, step};
 use crate::net::host::HostOpError;
 use crate::net::links::{Link, Links};
+use crate::net::nft::Rules;
 use crate::net::resolver_starts::ResolverStarts;
 use crate::net::watch::{Changes, Waited, Watch};
 use crate::op::{HostAnswer, HostOp, NatReport, OwnedKind, OwnedObject, ResolvedReport};
 use crate::storage::ops;
-use banger_core::addr::Pool;
+use banger_core::addr::{Ipv4Net, Pool};
 use banger_core::id::InstanceId;
 use rustix::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::collections::BTreeSet;
@@ -111,27 +112,30 @@ impl Host {
             HostOp::AttachVeth { instance, pool } => {
                 veth::check_pool(*pool)?;
                 descriptor::own_network_namespace(descriptors[0], caller.uid)?;
-                self.work()?.attach(tag(instance), *pool, descriptors[0])?;
+                self.work(Renews::One(*instance))?
+                    .attach(tag(instance), *pool, descriptors[0])?;
                 HostAnswer::Done
             }
             HostOp::DetachVeth { instance } => {
-                self.work()?.detach(tag(instance))?;
+                self.work(Renews::One(*instance))?.detach(tag(instance))?;
                 HostAnswer::Done
             }
-            HostOp::EnsureNat { instance, pool } => {
-                HostAnswer::Nat(self.work()?.ensure_nat(tag(instance), *pool)?)
-            }
+            HostOp::EnsureNat { instance, pool } => HostAnswer::Nat(
+                self.work(Renews::One(*instance))?
+                    .ensure_nat(tag(instance), *pool)?,
+            ),
             HostOp::RemoveNat { instance } => {
-                self.work()?.remove_nat(tag(instance))?;
+                self.work(Renews::One(*instance))?
+                    .remove_nat(tag(instance))?;
                 HostAnswer::Done
             }
             HostOp::EnsureResolved {
                 instance,
                 pool,
                 dns,
-            } => HostAnswer::Resolved(self.work()?.ensure_resolved(tag(instance), *pool, *dns)?),
+            } => HostAnswer::Resolved(self.ensure_resolved(tag(instance), *pool, *dns)?),
             HostOp::RemoveResolved { instance } => {
-                self.work()?.remove_resolved(tag(instance))?;
+                self.remove_resolved(tag(instance))?;
                 HostAnswer::Done
             }
             HostOp::AttachSnapshot { .. }
@@ -139,7 +143,7 @@ impl Host {
             | HostOp::GrowSnapshot { .. }
             | HostOp::SnapshotStatus { .. } => ops::perform(caller.uid, op, descriptors)?,
             HostOp::ListOwned {} => {
-                let mut objects = self.work()?.list_owned(caller)?;
+                let mut objects = self.work(Renews::Nobody)?.list_owned(caller)?;
                 objects.extend(ops::list(caller.uid));
                 HostAnswer::Owned { objects }
             }
@@ -153,7 +157,7 @@ impl Host {
     /// # Errors
     /// The kernel's tables cannot be read.
     pub fn settle(&self) -> Result<Settled, HostOpError> {
-        self.work()?.settle()
+        self.work(Renews::All)?.settle()
     }
 
     /// Settles now, and again whenever somebody changes the packet filter, links, routes or forwarding, or starts the
@@ -177,8 +181,11 @@ impl Host {
                     resolver: true,
                     ..Changes::default()
                 };
+                // Later than at the start it is only mended: two keepers of different versions would never be done.
+                let mut renews = Renews::All;
                 loop {
-                    let settled = host.settle_after(changes);
+                    let settled = host.settle_after(changes, renews);
+                    renews = Renews::Nobody;
                     let failed = settled
                         .as_ref()
                         .map_or(true, |done| !done.failed.is_empty());
@@ -205,17 +212,50 @@ impl Host {
         Ok(Keeping { _alive: alive })
     }
 
-    fn settle_after(&self, changes: Changes) -> Result<Settled, HostOpError> {
-        let mut work = self.work()?;
+    fn settle_after(&self, changes: Changes, renews: Renews) -> Result<Settled, HostOpError> {
+        let mut work = self.work(renews)?;
         let mut settled = work.settle()?;
-        if changes.resolver {
-            settled.failed.extend(work.tell_resolver()?);
+        if !changes.resolver {
+            return Ok(settled);
+        }
+        let told = work.told()?;
+        drop(work);
+        for (instance, link, guests, dns) in told {
+            if let Err(error) = resolved::route(link, guests, dns) {
+                let error = HostOpError::Resolved(error);
+                settled.failed.push((instance, error));
+                // All are told again soon; until then rules have to be kept.
+                break;
+            }
         }
         Ok(settled)
     }
 
-    fn work(&self) -> Result<Work, HostOpError> {
+    /// The resolver is asked while others may work: it can take long to answer.
+    fn ensure_resolved(
+        &self,
+        tag: Tag,
+        pool: Pool,
+        dns: Ipv4Addr,
+    ) -> Result<ResolvedReport, HostOpError> {
+        let work = self.work(Renews::Nobody);
+        let link = work?.note_resolver(tag, pool, dns)?;
+        step("resolver", || resolved::route(link, pool.guests(), dns))
+            .map_err(HostOpError::Resolved)
+    }
+
+    fn remove_resolved(&self, tag: Tag) -> Result<(), HostOpError> {
+        let work = self.work(Renews::Nobody);
+        // Without the link there is nothing to revert.
+        match work?.forget_resolver(tag)? {
+            Some(link) => resolved::revert(link).map_err(HostOpError::Resolved),
+            None => Ok(()),
+        }
+    }
+
+    fn work(&self, renews: Renews) -> Result<Work, HostOpError> {
         Ok(Work {
+            renews,
             ledger: Ledger::open(&self.folder)?,
             links: Links::new(),
             tables: Tables::new(),
@@ -239,8 +279,17 @@ fn owed(changes: Changes, settled: &Result<Settled, HostOpError>) -> Changes {
     }
 }
 
+/// Whose table is made anew for no other reason than that another version of us made it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Renews {
+    Nobody,
+    One(InstanceId),
+    All,
+}
+
 /// One operation, alone on the host.
 struct Work {
+    renews: Renews,
     ledger: Ledger,
     links: Links,
     tables: Tables,
@@ -388,6 +437,11 @@ impl Work {
             self.ledger.save(&record)?;
         }
         let uplinks = self.settle_one(tag)?;
+        let links = self.links.dump()?;
+        let mut names = self.default_names(&links)?.into_iter();
+        if let Some(odd) = names.find(|name| !table::is_plain_name(name)) {
+            return Err(HostOpError::OddName(odd));
+        }
         let forward_closed_by = closed::forward_closed_by(&tag.instance.veth_name())?;
         Ok(NatReport {
             uplinks,
@@ -407,12 +461,8 @@ impl Work {
         Ok(())
     }
 
-    fn ensure_resolved(
-        &mut self,
-        tag: Tag,
-        pool: Pool,
-        dns: Ipv4Addr,
-    ) -> Result<ResolvedReport, HostOpError> {
+    /// Remembers the resolver's server. Answers with the number of the link.
+    fn note_resolver(&mut self, tag: Tag, pool: Pool, dns: Ipv4Addr) -> Result<u32, HostOpError> {
         let mut record = self.attached(tag, pool)?;
         if !pool.network().contains(dns) {
             return Err(HostOpError::BadNameServer {
@@ -425,43 +475,32 @@ impl Work {
             record.dns = Some(dns);
             self.ledger.save(&record)?;
         }
-        match veth::find(&mut self.links, tag)? {
-            Some(link) => step("resolver", || {
-                resolved::route(link.index, pool.guests(), dns)
-            })
-            .map_err(HostOpError::Resolved),
-            None => Err(HostOpError::NotAttached(tag.instance)),
-        }
+        let link = veth::find(&mut self.links, tag)?;
+        link.map(|link| link.index)
+            .ok_or(HostOpError::NotAttached(tag.instance))
     }
 
-    fn remove_resolved(&mut self, tag: Tag) -> Result<(), HostOpError> {
+    /// Forgets it. Answers with the number of the link, if it is there.
+    fn forget_resolver(&mut self, tag: Tag) -> Result<Option<u32>, HostOpError> {
         let Some(mut record) = self.record(tag)? else {
-            return Ok(());
+            return Ok(None);
         };
-        // Without the link there is nothing to revert.
-        if record.dns.is_some()
-            && let Some(link) = veth::find(&mut self.links, tag)?
-        {
-            resolved::revert(link.index).map_err(HostOpError::Resolved)?;
-        }
         record.dns = None;
-        Ok(self.ledger.save(&record)?)
+        self.ledger.save(&record)?;
+        Ok(veth::find(&mut self.links, tag)?.map(|link| link.index))
     }
 
-    /// Tells the host's resolver again what it was told. Answers for whom that failed.
-    fn tell_resolver(&mut self) -> Result<Vec<(InstanceId, HostOpError)>, HostOpError> {
-        let mut failed = Vec::new();
+    /// What the host's resolver is to know: for whom, by way of which link, which guests, and who is asked.
+    fn told(&mut self) -> Result<Vec<(InstanceId, u32, Ipv4Net, Ipv4Addr)>, HostOpError> {
+        let mut told = Vec::new();
         for record in self.ledger.records()? {
             let Some(dns) = record.dns else { continue };
             // Else it was forgotten just now, or has another owner.
-            let Ok(Some(link)) = veth::find(&mut self.links, record.tag()) else {
-                continue;
-            };
-            if let Err(error) = resolved::route(link.index, record.pool.guests(), dns) {
-                failed.push((record.instance, HostOpError::Resolved(error)));
+            if let Ok(Some(link)) = veth::find(&mut self.links, record.tag()) {
+                told.push((record.instance, link.index, record.pool.guests(), dns));
             }
         }
-        Ok(failed)
+        Ok(told)
     }
 
     fn list_owned(&mut self, caller: Caller) -> Result<Vec<OwnedObject>, HostOpError> {
@@ -516,19 +555,21 @@ impl Work {
         }
     }
 
-    /// The devices of the default routes, but for our own.
+    /// The devices of the default routes, but for our own, and for those whose name no rule can carry: only who asks
+    /// for NAT is told of these.
     fn uplinks(&mut self, links: &[Link]) -> Result<Vec<String>, HostOpError> {
+        let names = self.default_names(links)?.into_iter();
+        Ok(names.filter(|name| table::is_plain_name(name)).collect())
+    }
+
+    fn default_names(&mut self, links: &[Link]) -> Result<BTreeSet<String>, HostOpError> {
         let devices = self.links.default_devices()?;
-        let names: BTreeSet<&String> = links
+        Ok(links
             .iter()
             .filter(|link| devices.contains(&link.index))
             .filter(|link| link.alias.as_deref().and_then(Tag::parse).is_none())
-            .map(|link| &link.name)
-            .collect();
-        if let Some(odd) = names.iter().find(|name| !table::is_plain_name(name)) {
-            return Err(HostOpError::OddName((*odd).clone()));
-        }
-        Ok(names.into_iter().cloned().collect())
+            .map(|link| link.name.clone())
+            .collect())
     }
 
     fn settle(&mut self) -> Result<Settled, HostOpError> {
@@ -583,23 +624,29 @@ impl Work {
             Some(mark) => {
                 mark.uplinks == uplinks
                     && mark.lent == lent
-                    && mark.made_from == table::made_from()
+                    && (mark.made_from == table::made_from() || !self.renews(record.instance))
                     && self.tables.checksum(&name)? == Some(mark.checksum)
             }
             None => false,
         };
         if !is_whole {
             self.refuse_foreign_table(tag)?;
+            let mut rules = Rules::new();
+            let before = rules.generation()?;
             self.tables.load(Contents {
                 tag,
                 pool: record.pool,
                 uplinks,
                 lent,
             })?;
-            record.table = Some(TableMark {
+            let checksum = self.tables.checksum(&name)?;
+            // What somebody may have changed before it was measured is made once more at the next occasion, of which
+            // the watch tells.
+            let ours_alone = before.wrapping_add(1) == rules.generation()?;
+            record.table = checksum.filter(|_| ours_alone).map(|checksum| TableMark {
                 uplinks: uplinks.to_vec(),
                 lent: lent.to_vec(),
-                checksum: self.tables.checksum(&name)?.unwrap_or(0),
+                checksum,
                 made_from: table::made_from(),
             });
             self.ledger.save(&record)?;
@@ -607,6 +654,14 @@ impl Work {
         // After the rules, so that nothing passes that they do not know.
         forwarding::set(&record.instance.veth_name(), record.nat)?;
         Ok(!is_whole)
+    }
+
+    fn renews(&self, instance: InstanceId) -> bool {
+        match self.renews {
+            Renews::Nobody => false,
+            Renews::One(one) => one == instance,
+            Renews::All => true,
+        }
     }
 
     /// Removes what is left of an instance whose veth is gone.

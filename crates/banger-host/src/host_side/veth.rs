@@ -5,6 +5,7 @@ use crate::crash::step;
 use crate::net::host::HostOpError;
 use crate::net::links::{Address, HALF, Link, Links, Route, TABLE_MAIN};
 use crate::net::namespace::set_sysctl;
+use crate::net::needed::needed;
 use crate::op::UPLINK;
 use banger_core::addr::{Ipv4Net, Pool};
 use rustix::fd::BorrowedFd;
@@ -59,7 +60,7 @@ pub(super) fn check_pool(pool: Pool) -> Result<(), HostOpError> {
 }
 
 /// A route that goes through our own veth is no obstacle; any other within, or around, the pool is, whatever table
-/// it is in: VPNs have their own.
+/// it is in: VPNs have their own. So is whom the host reaches there by its default route.
 ///
 /// # Errors
 /// There is one.
@@ -74,7 +75,7 @@ pub(super) fn refuse_overlap(
             && (own.is_none() || route.link != own)
     });
     let Some(obstacle) = obstacle else {
-        return Ok(());
+        return refuse_needed(links, pool, own);
     };
     let mut route = format!("route {}", obstacle.destination);
     if let Some(gateway) = obstacle.gateway {
@@ -91,6 +92,18 @@ pub(super) fn refuse_overlap(
         route,
         pool: pool.network(),
     })
+}
+
+fn refuse_needed(links: &mut Links, pool: Pool, own: Option<u32>) -> Result<(), HostOpError> {
+    let mut needed = needed(links)?.into_iter();
+    match needed.find(|needed| needed.is_in(pool, own)) {
+        Some(needed) => Err(HostOpError::AddressInTheWay {
+            what: needed.what,
+            address: needed.address,
+            pool: pool.network(),
+        }),
+        None => Ok(()),
+    }
 }
 
 /// Makes the veth, if it is not there, and gives the host's end its tag and address; it is left down.

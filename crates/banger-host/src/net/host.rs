@@ -1,6 +1,7 @@
 //! The host's own network: what its routes cover, and what root's operations on it could not do.
 
 use super::links::{HALF, Links, NetlinkError};
+use super::needed::needed;
 use super::nft::NftError;
 use crate::exec::ExecError;
 use crate::host_side::{HelperError, LedgerError};
@@ -42,6 +43,16 @@ pub enum HostOpError {
     RouteInTheWay {
         /// The route, as `route 172.16.0.0/12 via 10.0.0.1 dev eth0`.
         route: String,
+        /// The pool.
+        pool: Ipv4Net,
+    },
+    /// The host reaches somebody by an address of the pool.
+    #[error("the host's {what} {address} lies in the guests' network {pool}; choose another pool")]
+    AddressInTheWay {
+        /// What it is to the host: a gateway, a name server.
+        what: &'static str,
+        /// The address.
+        address: Ipv4Addr,
         /// The pool.
         pool: Ipv4Net,
     },
@@ -129,8 +140,8 @@ pub enum HostOpError {
     Vanished(String),
 }
 
-/// Every IPv4 network that this host has a route to or an address of (routes to everywhere are left out), for the
-/// choice of a pool.
+/// Every IPv4 network that this host has a route to or an address of (routes to everywhere are left out), and its
+/// gateways, neighbours and name servers, for the choice of a pool.
 ///
 /// # Errors
 /// The kernel's tables cannot be read.
@@ -141,6 +152,8 @@ pub fn host_routes() -> Result<Vec<Ipv4Net>, HostOpError> {
     for address in links.addresses()? {
         networks.push(Ipv4Net::new(address.address, address.prefix));
     }
+    let needed = needed(&mut links)?.into_iter();
+    networks.extend(needed.map(|needed| Ipv4Net::new(needed.address, 32)));
     networks.sort_unstable_by_key(|network| (network.base(), network.prefix()));
     networks.dedup();
     Ok(networks)

@@ -19,6 +19,8 @@ const IFLA_INFO_DATA: u16 = 2;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_NET_NS_FD: u16 = 28;
 const VETH_INFO_PEER: u16 = 1;
+const NUD_INCOMPLETE: u16 = 0x01;
+const NUD_FAILED: u16 = 0x20;
 const NUD_NOARP: u16 = 0x40;
 const NUD_PERMANENT: u16 = 0x80;
 const NTF_MASTER: u8 = 0x04;
@@ -509,6 +511,34 @@ impl Links {
     ) -> Result<Vec<(Ipv4Addr, MacAddress)>, NetlinkError> {
         self.neighbours_raw(link)
             .map_err(NetlinkError::new("list the neighbours"))
+    }
+
+    /// All IPv4 neighbours that are known: the link of each, and its address.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn neighbours(&mut self) -> Result<Vec<(u32, Ipv4Addr)>, NetlinkError> {
+        self.all_neighbours_raw()
+            .map_err(NetlinkError::new("list the neighbours"))
+    }
+
+    fn all_neighbours_raw(&mut self) -> Result<Vec<(u32, Ipv4Addr)>, ReplyError> {
+        let request = rt_neigh::Request::new().op_getneigh_dump(&rt_neigh::Ndmsg {
+            ndm_family: INET,
+            ..Default::default()
+        });
+        let mut reply = self.socket.request(&request)?;
+        let mut neighbours = Vec::new();
+        while let Some((header, attributes)) = reply.recv().transpose()? {
+            // Who never answered is none.
+            if header.ndm_state & (NUD_INCOMPLETE | NUD_FAILED) != 0 {
+                continue;
+            }
+            if let Ok(IpAddr::V4(address)) = attributes.get_dst() {
+                neighbours.push((header.ndm_ifindex.cast_unsigned(), address));
+            }
+        }
+        Ok(neighbours)
     }
 
     fn neighbours_raw(&mut self, link: u32) -> Result<Vec<(Ipv4Addr, MacAddress)>, ReplyError> {

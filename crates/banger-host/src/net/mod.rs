@@ -8,6 +8,7 @@ pub mod host;
 pub mod keeper;
 pub mod links;
 pub mod namespace;
+pub(crate) mod needed;
 pub mod nft;
 pub mod pasta;
 pub mod publish;
