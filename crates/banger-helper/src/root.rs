@@ -25,6 +25,8 @@ pub const CLIENTS_PER_USER: usize = 8;
 pub const CLIENTS: usize = 64;
 /// The longest request.
 pub const MAX_REQUEST_BYTES: usize = 16 * 1024;
+/// How much of what a client said is repeated to it, and in the log.
+const MAX_REPEATED_CHARS: usize = 256;
 /// How long a client may take over each message, and over reading each answer.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long nobody is let in after somebody could not be.
@@ -263,8 +265,9 @@ fn answer(
         Ok(request) => request.op,
         Err(error) => {
             let why = format!("the request is not understood: {error}");
-            // It repeats words of the request.
-            return ("receive", Err(why.escape_debug().to_string()));
+            // It repeats words of the request, which must not fill the log.
+            let said = why.escape_debug().take(MAX_REPEATED_CHARS).collect();
+            return ("receive", Err(said));
         }
     };
     let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
