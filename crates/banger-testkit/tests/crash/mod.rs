@@ -7,6 +7,7 @@ use banger_testkit::env::{TestEnv, Vmm};
 use banger_testkit::run::{LIMIT, eventually, wait_exit};
 use place::Place;
 use serde_json::Value;
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
@@ -308,10 +309,23 @@ pub(crate) fn crash(env: &TestEnv, scene: &Scene, point: &str) {
     assert_fired(env, &log, point, daemon);
 }
 
+/// What was last seen of a VM that does not rest.
+struct Seen<'a>(&'a str, RefCell<Vec<Value>>);
+
+impl Drop for Seen<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("after {}: {:#?}", self.0, self.1.borrow());
+        }
+    }
+}
+
 /// Waits until the VM rests: stopped, in the trash, or running as desired. `None` if there is none.
 pub(crate) fn settled(env: &TestEnv, verb: &str) -> Option<Value> {
+    let seen = Seen(verb, Vec::new().into());
     eventually("the VM rests", || {
         let vms = env.vms();
+        *seen.1.borrow_mut() = vms.clone();
         let Some(vm) = vms.first() else {
             return Some(None);
         };
