@@ -36,8 +36,10 @@ const AGAIN: Duration = Duration::from_secs(5);
 const PACE: Duration = Duration::from_millis(SHORTEST_MS);
 /// How long one look waits for those that tend snapshots; who is slower is seen by the next.
 const TEND_LIMIT: Duration = Duration::from_millis(100);
-/// How long a VM on a snapshot may run before that is seen for the first time: the start, or an earlier daemon, saw it.
-const SEEN_WITHIN: Duration = Duration::from_millis(500);
+/// How long a VM on a snapshot may at least run without that being seen. A guest that writes at the limit would fill the
+/// file sooner, but a host that takes as long to answer does not write that fast either, and pausing every VM of a slow
+/// host would help nobody.
+const SEEN_WITHIN: Duration = Duration::from_secs(10);
 
 /// Watches until the daemon goes down.
 pub(crate) async fn watch(world: Arc<World>, registry: Arc<Registry>) {
@@ -446,7 +448,8 @@ impl Watched {
                 self.blind = false;
                 self.told = false;
                 // What was seen is no younger than the question.
-                self.safe_until = Some(since + Duration::from_millis(tended.safe_ms));
+                let safe = Duration::from_millis(tended.safe_ms);
+                self.safe_until = Some(since + safe.max(SEEN_WITHIN));
                 self.tend_at = Some(now + Duration::from_millis(tended.next_check_ms));
                 let bytes = tended.grown_to?;
                 Some(format!(
@@ -652,17 +655,21 @@ mod tests {
         assert!(watched.see(at(204), at(210), Some(Err(error()))).is_some());
         assert_eq!(watched.tend_at, Some(at(210) + PACE));
         assert!(!watched.blind);
-        assert_eq!(watched.see(at(230), at(440), Some(Err(error()))), None);
+        assert_eq!(watched.see(at(230), at(9_900), Some(Err(error()))), None);
         assert!(!watched.blind);
         // Who does not answer is as one who refuses.
-        watched.see(at(440), at(460), None);
+        watched.see(at(9_920), at(9_990), None);
         assert!(watched.blind);
-        watched.see(at(480), at(485), Some(Ok(good)));
-        assert!(!watched.blind && watched.tend_at == Some(at(684)));
+        watched.see(at(10_000), at(10_005), Some(Ok(good)));
+        assert!(!watched.blind && watched.tend_at == Some(at(10_204)));
         // One that is lost is not paused for that.
         let lost = Untended::Lost(ErrorBody::new(ErrorCode::Internal, "lost"));
-        assert!(watched.see(at(5000), at(5001), Some(Err(lost))).is_some());
-        assert!(!watched.blind && watched.tend_at == Some(at(5001) + AGAIN));
+        assert!(
+            watched
+                .see(at(15_000), at(15_001), Some(Err(lost)))
+                .is_some()
+        );
+        assert!(!watched.blind && watched.tend_at == Some(at(15_001) + AGAIN));
     }
 
     #[test]
