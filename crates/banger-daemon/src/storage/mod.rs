@@ -10,6 +10,7 @@ mod facts;
 mod overlay;
 mod reflink;
 mod snapshot;
+mod tending;
 pub(crate) mod watermark;
 
 #[cfg(test)]

@@ -2,7 +2,8 @@
 //! there is room. Nobody tells of a filling filesystem, so it is asked, as often as the headroom makes necessary, and
 //! only while a VM runs.
 
-use super::{Layer, Tended, Untended};
+use super::Layer;
+use super::tending::Snapshots;
 use crate::record::VmRecord;
 use crate::registry::Registry;
 use crate::vm::actor::note;
@@ -31,16 +32,9 @@ const GOES_ON_EVERY: Duration = Duration::from_secs(5);
 /// How long VMs may take to be paused or to go on, before the filesystem is looked at again.
 const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 /// How soon a filesystem that could not be measured is measured again, and a snapshot that is lost looked at.
-const AGAIN: Duration = Duration::from_secs(5);
+pub(super) const AGAIN: Duration = Duration::from_secs(5);
 /// Between two looks is at least this: guests can make news without end.
-const PACE: Duration = Duration::from_millis(SHORTEST_MS);
-/// How long one look waits for those that tend snapshots; who is slower is seen by the next.
-const TEND_LIMIT: Duration = Duration::from_millis(100);
-/// How long a VM on a snapshot may at least run without that being seen. A guest that writes at the limit would fill the
-/// file sooner, but a host that takes as long to answer does not write that fast either, and pausing every VM of a slow
-/// host would help nobody.
-const SEEN_WITHIN: Duration = Duration::from_secs(10);
-
+pub(super) const PACE: Duration = Duration::from_millis(SHORTEST_MS);
 /// Watches until the daemon goes down.
 pub(crate) async fn watch(world: Arc<World>, registry: Arc<Registry>) {
     let (_, mut events) = world.hub.follow(None);
@@ -49,6 +43,7 @@ pub(crate) async fn watch(world: Arc<World>, registry: Arc<Registry>) {
     let mut all = All {
         due: Instant::now(),
         giving_way: None,
+        snapshots: Snapshots::default(),
     };
     loop {
         let looked = Instant::now();
@@ -71,6 +66,7 @@ struct All {
     due: Instant,
     /// A VM in the trash is being removed, which may take longer than there is time.
     giving_way: Option<JoinHandle<bool>>,
+    snapshots: Snapshots,
 }
 
 impl All {
@@ -127,24 +123,6 @@ struct Known {
     /// What it had taken of the host, by then.
     taken: Option<u64>,
     went_on: Option<Instant>,
-    snapshot: Watched,
-}
-
-/// What is remembered of a VM's snapshot.
-#[derive(Debug, Default)]
-struct Watched {
-    /// When it must be tended again.
-    tend_at: Option<Instant>,
-    /// When it began to be tended, and who does so.
-    tending: Option<(Instant, JoinHandle<Result<Tended, Untended>>)>,
-    /// Until then its copy-on-write file cannot be full, from what was seen last.
-    safe_until: Option<Instant>,
-    /// Its copy-on-write file cannot grow.
-    cramped: bool,
-    /// Nobody knows how full its copy-on-write file is, and it could be full soon.
-    blind: bool,
-    /// It cannot be tended, which has been told.
-    told: bool,
 }
 
 /// Looks at everything once. Gives the time to the next look, if a VM runs.
@@ -172,7 +150,8 @@ async fn look(
     let paused = live.iter().any(|(_, view)| is_paused_for_room(&view.phase));
     let mark = filesystem(room.available, room.total, UNLIMITED_WRITES, paused);
     let mut next = Duration::from_millis(mark.next_check_ms);
-    next = next.min(tend_all(world, &live, known).await);
+    let records = live.iter().map(|(_, view)| &view.record);
+    next = next.min(all.snapshots.tend(world, records).await);
     // What was thrown away goes before anybody is paused, as long as there is the time.
     if mark.verdict == Verdict::PauseGrowing && all.give_way(registry, next).await {
         return Some(Duration::ZERO);
@@ -199,8 +178,8 @@ async fn look(
         known.taken = taken.or(known.taken);
         let is = Is {
             grew,
-            cramped: known.snapshot.cramped,
-            blind: known.snapshot.blind,
+            cramped: all.snapshots.is_cramped(handle.id),
+            blind: all.snapshots.is_blind(handle.id),
             pauses_itself: pauses_itself(&view),
         };
         match intent(&view.phase, mark.verdict, is) {
@@ -384,116 +363,6 @@ fn read_write_bytes(io: &str) -> Option<u64> {
         .ok()
 }
 
-/// Tends the snapshots for which it is time, side by side. Gives the time until it must be done again.
-async fn tend_all(
-    world: &Arc<World>,
-    live: &[(Handle, View)],
-    known: &mut HashMap<VmId, Known>,
-) -> Duration {
-    let on_snapshots = live
-        .iter()
-        .map(|(_, view)| &view.record)
-        .filter(|record| record.spec.storage == Storage::Snapshot);
-    let now = Instant::now();
-    for record in on_snapshots.clone() {
-        let watched = &mut known.entry(record.id).or_default().snapshot;
-        if watched.tending.is_none() && watched.tend_at.is_none_or(|at| at <= now) {
-            let (world, record) = (Arc::clone(world), Arc::clone(record));
-            let tending = tokio::task::spawn_blocking(move || {
-                let layer = Layer::of(&world, &record, &VmFiles::of(&world.paths, record.id))?;
-                world.storage.snapshot().tend(&layer)
-            });
-            watched.tending = Some((now, tending));
-        }
-    }
-    let until = now + TEND_LIMIT;
-    let mut next = Duration::MAX;
-    for record in on_snapshots {
-        let watched = &mut known.entry(record.id).or_default().snapshot;
-        if let Some((since, tending)) = &mut watched.tending {
-            let since = *since;
-            let tended = match tokio::time::timeout_at(until.into(), tending).await {
-                Ok(tended) => {
-                    watched.tending = None;
-                    Some(tended.unwrap_or_else(|error| {
-                        Err(Untended::Unknown(ErrorBody::from_error(
-                            ErrorCode::Internal,
-                            &error,
-                        )))
-                    }))
-                }
-                Err(_) => None,
-            };
-            if let Some(text) = watched.see(since, Instant::now(), tended) {
-                note(world, record.id, "storage", text, None);
-            }
-        }
-        let tend_at = watched.tend_at.unwrap_or(now);
-        next = next.min(tend_at.saturating_duration_since(Instant::now()));
-    }
-    next
-}
-
-impl Watched {
-    /// Learns from a tending that began at `since` and has answered, or not yet. Gives what is new and worth telling.
-    fn see(
-        &mut self,
-        since: Instant,
-        now: Instant,
-        tended: Option<Result<Tended, Untended>>,
-    ) -> Option<String> {
-        match tended {
-            Some(Ok(tended)) => {
-                self.cramped = tended.must_pause;
-                self.blind = false;
-                self.told = false;
-                // What was seen is no younger than the question.
-                let safe = Duration::from_millis(tended.safe_ms);
-                self.safe_until = Some(since + safe.max(SEEN_WITHIN));
-                self.tend_at = Some(now + Duration::from_millis(tended.next_check_ms));
-                let bytes = tended.grown_to?;
-                Some(format!(
-                    "its copy-on-write file has {} MiB now",
-                    bytes >> 20
-                ))
-            }
-            // Its VM can save what it has in memory, and nothing is made worse.
-            Some(Err(Untended::Lost(error))) => {
-                self.blind = false;
-                self.tend_at = Some(now + AGAIN);
-                self.tell(error)
-            }
-            Some(Err(Untended::Unknown(error))) => {
-                self.not_seen(since, now);
-                self.tell(error)
-            }
-            None => {
-                self.not_seen(since, now);
-                None
-            }
-        }
-    }
-
-    /// Soon again; what could be full before that is a reason to pause.
-    fn not_seen(&mut self, since: Instant, now: Instant) {
-        let safe_until = *self.safe_until.get_or_insert(since + SEEN_WITHIN);
-        self.blind = now + PACE >= safe_until;
-        self.tend_at = Some(now + PACE);
-    }
-
-    fn tell(&mut self, error: ErrorBody) -> Option<String> {
-        if std::mem::replace(&mut self.told, true) {
-            return None;
-        }
-        tracing::error!(
-            error = error.message,
-            causes = ?error.causes,
-            "a snapshot cannot be tended"
-        );
-        Some(error.message)
-    }
-}
-
 async fn pause(world: Arc<World>, handle: Handle, room: Space, is: Is) {
     let free = room.available >> 20;
     let why = if is.cramped {
@@ -635,41 +504,6 @@ mod tests {
             assert_eq!(intent(&phase, Verdict::Ok, blind), Intent::Nothing);
             assert_eq!(intent(&phase, Verdict::PauseAll, GROWS), Intent::Nothing);
         }
-    }
-
-    #[test]
-    fn a_snapshot_that_cannot_be_tended_is_tried_again_at_once_and_its_vm_paused_before_it_is_full()
-    {
-        let error = || Untended::Unknown(ErrorBody::new(ErrorCode::Internal, "too many requests"));
-        let since = Instant::now();
-        let at = |ms| since + Duration::from_millis(ms);
-        let mut watched = Watched::default();
-        let good = Tended {
-            next_check_ms: 199,
-            safe_ms: 474,
-            must_pause: false,
-            grown_to: None,
-        };
-        assert_eq!(watched.see(since, at(5), Some(Ok(good.clone()))), None);
-        // It is told once, tried again at the pace, and nobody is paused while there is time.
-        assert!(watched.see(at(204), at(210), Some(Err(error()))).is_some());
-        assert_eq!(watched.tend_at, Some(at(210) + PACE));
-        assert!(!watched.blind);
-        assert_eq!(watched.see(at(230), at(9_900), Some(Err(error()))), None);
-        assert!(!watched.blind);
-        // Who does not answer is as one who refuses.
-        watched.see(at(9_920), at(9_990), None);
-        assert!(watched.blind);
-        watched.see(at(10_000), at(10_005), Some(Ok(good)));
-        assert!(!watched.blind && watched.tend_at == Some(at(10_204)));
-        // One that is lost is not paused for that.
-        let lost = Untended::Lost(ErrorBody::new(ErrorCode::Internal, "lost"));
-        assert!(
-            watched
-                .see(at(15_000), at(15_001), Some(Err(lost)))
-                .is_some()
-        );
-        assert!(!watched.blind && watched.tend_at == Some(at(15_001) + AGAIN));
     }
 
     #[test]

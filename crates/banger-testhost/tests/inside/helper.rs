@@ -203,6 +203,15 @@ fn picture() -> Vec<String> {
     .collect()
 }
 
+/// Ends daemon and helper, after which the host is as it was.
+fn leave(world: &World, helper: Helper, before: &Vec<String>) {
+    world.banger(&["daemon", "stop"]);
+    eventually("the host is as before", || {
+        (picture() == *before).then_some(())
+    });
+    helper.stop();
+}
+
 fn signal(pid: &serde_json::Value, signal: Signal) {
     let pid = i32::try_from(pid.as_i64().unwrap()).unwrap();
     rustix::process::kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
@@ -246,11 +255,7 @@ fn a_guest_of_an_ordinary_user_lives_on_a_snapshot_by_the_helper() {
         Seconds(start.elapsed())
     );
     world.banger(&["vm", "delete", NAME, "--purge"]);
-    world.banger(&["daemon", "stop"]);
-    eventually("the host is as before", || {
-        (picture() == before).then_some(())
-    });
-    helper.stop();
+    leave(&world, helper, &before);
 }
 
 #[test]
@@ -293,7 +298,10 @@ fn a_users_snapshot_is_filled_and_grown_and_outlives_daemon_and_helper() {
     helper.restart();
     let daemon = world.json(&["daemon", "status"])["pid"].clone();
     signal(&daemon, Signal::KILL);
-    assert_eq!(world.vm(NAME)["phase"]["state"], "running");
+    // Paused for a moment, if nobody answered for as long as it would take to fill the file.
+    eventually("it runs on", || {
+        (world.vm(NAME)["phase"]["state"] == "running").then_some(())
+    });
     assert_eq!(devices().len(), DEVICES);
     for number in 55..70 {
         write_at(&device, (32 + number * 8) * MIB, &block);
@@ -309,11 +317,7 @@ fn a_users_snapshot_is_filled_and_grown_and_outlives_daemon_and_helper() {
         assert_eq!(read_at(&device, at), [0x5a; 20], "at {at}");
     }
     world.banger(&["vm", "delete", NAME, "--force", "--purge"]);
-    world.banger(&["daemon", "stop"]);
-    eventually("the host is as before", || {
-        (picture() == before).then_some(())
-    });
-    helper.stop();
+    leave(&world, helper, &before);
 }
 
 #[test]
