@@ -68,36 +68,58 @@ pub struct Machine {
     _own: (),
 }
 
+/// Whether this host has what a machine of a test's own takes; says why where it has not.
+pub fn can_be_left(test: &str, mode: Mode) -> bool {
+    if !rustix::process::geteuid().is_root() {
+        skip(test, "it makes a machine of its own as root");
+        return false;
+    }
+    let needed = ["nft", "ip", "nsenter", "pasta"];
+    let needed = &needed[..if mode == Mode::Rootless { 4 } else { 3 }];
+    if let Some(program) = needed.iter().find(|program| !crate::env::on_path(program)) {
+        skip(test, format!("`{program}` is not installed"));
+        return false;
+    }
+    if let Err(why) = rustix::fs::access("/dev/net/tun", Access::EXISTS) {
+        skip(test, format!("/dev/net/tun: {why}"));
+        return false;
+    }
+    true
+}
+
+/// Takes the calling thread to a machine of its own, which has a loopback alone.
+///
+/// # Panics
+/// It cannot be made although the host has all that it takes.
+pub fn leave_the_host() {
+    #[expect(unsafe_code, reason = "unshare may break what threads share")]
+    let left = {
+        let own = UnshareFlags::NEWNET | UnshareFlags::NEWNS;
+        // SAFETY: only namespaces are unshared, never the table of descriptors.
+        unsafe { rustix::thread::unshare_unsafe(own) }
+    };
+    left.expect("root makes namespaces");
+    sh(
+        "mount --make-rprivate /; mount -t tmpfs -o mode=755 tmpfs /run; \
+        mknod /run/tun c 10 200; chmod 0666 /run/tun; mount --bind /run/tun /dev/net/tun; \
+        echo 0 >/proc/sys/net/ipv4/ip_forward; ip link set lo up",
+    );
+}
+
 impl Machine {
     /// Leaves the host for a machine of the thread's own. Answers `None`, and says why, where that cannot be.
     ///
     /// # Panics
     /// It cannot be made although the host has all that it takes.
     pub fn enter(test: &str, mode: Mode) -> Option<Self> {
-        if !rustix::process::geteuid().is_root() {
-            skip(test, "it makes a machine of its own as root");
-            return None;
-        }
-        let needed = ["nft", "ip", "nsenter", "pasta"];
-        let needed = &needed[..if mode == Mode::Rootless { 4 } else { 3 }];
-        if let Some(program) = needed.iter().find(|program| !crate::env::on_path(program)) {
-            skip(test, format!("`{program}` is not installed"));
-            return None;
-        }
-        if let Err(why) = rustix::fs::access("/dev/net/tun", Access::EXISTS) {
-            skip(test, format!("/dev/net/tun: {why}"));
+        if !can_be_left(test, mode) {
             return None;
         }
         leave_the_host();
         // No addresses of its own making: what is on the host must not change by itself.
-        sh(
-            "mount --make-rprivate /; mount -t tmpfs -o mode=755 tmpfs /run; \
-            mknod /run/tun c 10 200; chmod 0666 /run/tun; mount --bind /run/tun /dev/net/tun; \
-            echo 0 >/proc/sys/net/ipv4/ip_forward; ip link set lo up; \
-            ip link add wan0 type veth peer name wan1; \
+        sh("ip link add wan0 type veth peer name wan1; \
             for end in wan0 wan1; do ip link set $end addrgenmode none; ip link set $end up; done; \
-            ip address add 192.0.2.2/24 dev wan0; ip route add default via 192.0.2.1 dev wan0",
-        );
+            ip address add 192.0.2.2/24 dev wan0; ip route add default via 192.0.2.1 dev wan0");
         eventually("the way out has carrier", || {
             let links = sh("ip -j link");
             (links.matches("\"operstate\":\"UP\"").count() == 2).then_some(())
@@ -169,13 +191,6 @@ pub fn differences(before: &str, after: &str) -> String {
         }
     }
     text
-}
-
-#[expect(unsafe_code, reason = "unshare may break what threads share")]
-fn leave_the_host() {
-    let own = UnshareFlags::NEWNET | UnshareFlags::NEWNS;
-    // SAFETY: only namespaces are unshared, never the table of descriptors.
-    unsafe { rustix::thread::unshare_unsafe(own) }.expect("root makes namespaces");
 }
 
 /// Runs a line of shell on the machine, which must succeed; answers what it printed.

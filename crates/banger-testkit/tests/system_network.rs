@@ -4,20 +4,17 @@
 
 mod network;
 
-use banger_testkit::env::{Options, TestEnv, Vmm};
+use banger_testkit::env::{TestEnv, Vmm};
+use banger_testkit::machine::{self, Helper, Mode, sh};
 use banger_testkit::run::{LIMIT, Running, eventually};
-use banger_testkit::skip::skip;
 use network::servers::{RESOLVED, ask};
 use network::{ECHO, HOST, METADATA, Machine, PRIVATE, SERVER, SSH};
-use rustix::fs::Access;
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
-const HELPER: &str = "/run/banger-helper.sock";
-const NOBODY: u32 = 65_534;
 const ADDRESS: u16 = 1;
 const POINTER: u16 = 12;
 /// How long somebody flushes the packet filter again and again.
@@ -29,37 +26,26 @@ const SILENCE: Duration = Duration::from_millis(1500);
 #[ignore = "system test"]
 fn as_root_a_guest_reaches_what_was_opened_to_it_and_nothing_else() {
     const TEST: &str = "as_root_a_guest_reaches_what_was_opened_to_it_and_nothing_else";
-    tell("root", TEST);
+    tell(Mode::Root, TEST);
 }
 
 #[test]
 #[ignore = "system test"]
 fn with_the_helper_a_guest_reaches_what_was_opened_to_it_and_nothing_else() {
     const TEST: &str = "with_the_helper_a_guest_reaches_what_was_opened_to_it_and_nothing_else";
-    tell("helper", TEST);
+    tell(Mode::Helper, TEST);
 }
 
 #[test]
 #[ignore = "system test"]
 fn without_root_a_guest_reaches_what_was_opened_to_it_and_nothing_else() {
     const TEST: &str = "without_root_a_guest_reaches_what_was_opened_to_it_and_nothing_else";
-    tell("rootless", TEST);
+    tell(Mode::Rootless, TEST);
 }
 
 /// The whole of it, the same in every mode.
-fn tell(mode: &'static str, test: &'static str) {
-    if !rustix::process::geteuid().is_root() {
-        skip(test, "it makes a machine of its own as root");
-        return;
-    }
-    let needed = ["nft", "ip", "nsenter", "pasta"];
-    let needed = &needed[..if mode == "rootless" { 4 } else { 3 }];
-    if let Some(program) = network::missing(needed) {
-        skip(test, format!("`{program}` is not installed"));
-        return;
-    }
-    if let Err(why) = rustix::fs::access("/dev/net/tun", Access::EXISTS) {
-        skip(test, format!("/dev/net/tun: {why}"));
+fn tell(mode: Mode, test: &'static str) {
+    if !machine::can_be_left(test, mode) {
         return;
     }
     network::on_a_machine(move |machine| {
@@ -101,58 +87,10 @@ struct World<'a> {
     helper: Option<Helper>,
 }
 
-/// `banger-helper`, as its unit would have started it.
-struct Helper {
-    child: std::process::Child,
-    log: std::path::PathBuf,
-}
-
-impl Helper {
-    fn start(env: &TestEnv) -> Self {
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "tests run the project's own programs"
-        )]
-        let mut command = std::process::Command::new(env.libexec().join("banger-helper"));
-        let log = env.folder().join("helper.log");
-        let child = command
-            .args(["--listen", HELPER])
-            .stderr(std::fs::File::create(&log).unwrap())
-            .spawn();
-        let helper = Self {
-            child: child.unwrap(),
-            log,
-        };
-        eventually("the helper listens", || {
-            use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, connect, socket};
-            let socket = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
-            connect(&socket, &SocketAddrUnix::new(HELPER).unwrap()).ok()
-        });
-        helper
-    }
-}
-
-impl Drop for Helper {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        if std::thread::panicking() {
-            let log = std::fs::read_to_string(&self.log).unwrap_or_default();
-            eprintln!("the helper's log:\n{log}");
-        }
-    }
-}
-
 impl<'a> World<'a> {
-    fn new(machine: &'a Machine, mode: &'static str, test: &str) -> Option<Self> {
-        let options = Options {
-            vmm: Vmm::Real,
-            user: (mode != "root").then_some(NOBODY),
-            mode: Some(mode),
-            ..Options::default()
-        };
-        let env = TestEnv::with(test, &options)?;
-        let helper = (mode == "helper").then(|| Helper::start(&env));
+    fn new(machine: &'a Machine, mode: Mode, test: &str) -> Option<Self> {
+        let env = mode.env(test, Vmm::Real)?;
+        let helper = (mode == Mode::Helper).then(|| Helper::start(&[]));
         let create = |name| {
             let guest = ["--image", "tiny", "--memory", "256", "--vcpu", "1"];
             let args = [&["vm", "create", "--name", name, "--wait"], &guest[..]].concat();
@@ -173,7 +111,7 @@ impl<'a> World<'a> {
             gateway: Ipv4Addr::new(a, b, c, 1),
             helper,
         };
-        assert_eq!(world.status()["mode"], mode);
+        assert_eq!(world.status()["mode"], mode.name());
         Some(world)
     }
 
@@ -362,7 +300,7 @@ impl<'a> World<'a> {
         std::thread::scope(|scope| {
             // Threads of this one are in its network, too.
             for line in &lines {
-                scope.spawn(|| network::sh(line));
+                scope.spawn(|| sh(line));
             }
         });
         for guest in ["fox", "owl"] {

@@ -3,8 +3,9 @@
 
 pub(crate) mod servers;
 
+use banger_testkit::machine::{leave_the_host, sh};
 use rustix::fd::OwnedFd;
-use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use servers::{Heard, RESOLVED_PORT};
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
@@ -62,34 +63,12 @@ pub(crate) fn run(program: &str, args: &[&str]) -> String {
     text(&output.stdout)
 }
 
-/// A line of words, as one would type it.
-#[track_caller]
-pub(crate) fn sh(line: &str) -> String {
-    run("sh", &["-ec", line])
-}
-
-/// What of `programs` is not installed.
-pub(crate) fn missing<'a>(programs: &[&'a str]) -> Option<&'a str> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let has = |program: &&&str| std::env::split_paths(&path).any(|at| at.join(program).is_file());
-    programs.iter().find(|program| !has(program)).copied()
-}
-
 /// Runs `work` in a thread that is a machine of its own; so its children are, too.
 pub(crate) fn on_a_machine(work: impl FnOnce(&Machine) + Send + 'static) {
     let thread = std::thread::spawn(move || work(&Machine::new()));
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
     }
-}
-
-#[expect(
-    unsafe_code,
-    reason = "threads of the test share no descriptors with it"
-)]
-fn enter_new(what: UnshareFlags) {
-    // SAFETY: the descriptor table stays shared; only namespaces of this thread change.
-    unsafe { rustix::thread::unshare_unsafe(what) }.unwrap();
 }
 
 /// Runs `work` in a network.
@@ -105,13 +84,9 @@ pub(crate) fn inside<T: Send>(network: &OwnedFd, work: impl FnOnce() -> T + Send
 
 impl Machine {
     fn new() -> Self {
-        enter_new(UnshareFlags::NEWNET | UnshareFlags::NEWNS);
         // Where it leads on the real host, before `/run` is another one.
         let resolvers = std::fs::canonicalize("/etc/resolv.conf").unwrap();
-        sh(
-            "mount --make-rprivate /; mount -t tmpfs -o mode=755 tmpfs /run; \
-             mknod /run/tun c 10 200; chmod 0666 /run/tun; mount --bind /run/tun /dev/net/tun",
-        );
+        leave_the_host();
         let text = format!("nameserver {RESOLVER}\n");
         std::fs::write("/run/resolv.conf", &text).unwrap();
         if resolvers.starts_with("/run") {
@@ -124,7 +99,7 @@ impl Machine {
             );
         }
         let internet = std::thread::spawn(|| {
-            enter_new(UnshareFlags::NEWNET);
+            leave_the_host();
             here()
         });
         let internet = internet.join().unwrap();
@@ -138,9 +113,10 @@ impl Machine {
     /// One device to the internet, which is one router that has all addresses; the host has two of its own.
     fn connect(&self) {
         // Addresses of IPv6 are there at once, or what is on the host would change by itself.
-        sh("ip link set lo up; echo 0 >/proc/sys/net/ipv4/ip_forward; \
-            for dad in /proc/sys/net/ipv6/conf/[ad]*/accept_dad; do [ ! -e $dad ] || echo 0 >$dad; done; \
-            ip link add wan0 type veth peer name net0");
+        sh(
+            "for dad in /proc/sys/net/ipv6/conf/[ad]*/accept_dad; do [ ! -e $dad ] || echo 0 >$dad; done; \
+            ip link add wan0 type veth peer name net0",
+        );
         let internet = format!(
             "/proc/{}/fd/{}",
             std::process::id(),
@@ -152,7 +128,7 @@ impl Machine {
         ));
         let own = [SERVER, RESOLVER, PRIVATE, METADATA];
         inside(&self.internet, || {
-            sh("ip link set lo up; ip addr add 203.0.112.1/24 dev net0; ip link set net0 up");
+            sh("ip addr add 203.0.112.1/24 dev net0; ip link set net0 up");
             for address in own {
                 sh(&format!("ip addr add {address}/32 dev lo"));
             }
