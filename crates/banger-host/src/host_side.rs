@@ -6,6 +6,7 @@ mod closed;
 mod descriptor;
 mod forwarding;
 mod host;
+mod keep;
 mod ledger;
 mod resolved;
 mod table;
@@ -13,7 +14,8 @@ mod tag;
 mod veth;
 
 pub use client::{HELPER_SOCKET, HelperClient, HelperError};
-pub use host::{Caller, Host, Keeping, MAX_INSTANCES, Settled};
+pub use host::{Caller, Host, MAX_INSTANCES, Settled};
+pub use keep::Keeping;
 pub use ledger::LedgerError;
 
 use crate::crash::{Side, point};
