@@ -1,4 +1,5 @@
-//! VMs in the trash are removed for ever when their time is over, and earlier when the disk has no room left.
+//! VMs in the trash are removed for ever when their time is over. Those that must go earlier, because the disk has no
+//! room left, go by [`crate::registry::Registry::give_way`].
 
 use crate::server::App;
 use jiff::{SignedDuration, Timestamp};
@@ -16,7 +17,9 @@ pub(crate) async fn keep_emptying(app: App) {
     let mut timer = tokio::time::interval(LOOK);
     let path = app.world.paths.state.join(CLOCK_SET);
     let said = std::fs::read_to_string(&path).ok();
-    let mut set = said.and_then(|said| said.trim().parse().ok());
+    let set = said.and_then(|said| said.trim().parse::<Timestamp>().ok());
+    // One in the future was set back while no daemon ran.
+    let mut set = set.map(|set| set.min(Timestamp::now()));
     let mut last: Option<Look> = None;
     loop {
         timer.tick().await;
