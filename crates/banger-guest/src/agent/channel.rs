@@ -61,7 +61,8 @@ impl Channel {
             kind,
             hung_up: false,
             lines: Lines::default(),
-            unsent: Vec::new(),
+            // Ends what an agent before this one may have begun: the host does not hear from where on it is another's.
+            unsent: b"\n".to_vec(),
         }))
     }
 

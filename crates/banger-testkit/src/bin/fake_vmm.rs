@@ -19,6 +19,7 @@
 //! | `count_every_ms` | numbered lines on the console, one in so many milliseconds |
 //! | `try` | `[["read", "/etc/passwd"], …]`: try such things and print what came of each; see `attempt` |
 //! | `ready_after_ms` | the agent takes its time |
+//! | `port_told_late` | that the agent's port is open is told once more, in the middle of the line that says ready |
 
 use banger_guest::agent_protocol::{FromGuest, GuestEnd, GuestStage, ToGuest};
 use serde_json::{Value, json};
@@ -228,6 +229,23 @@ impl Machine {
         if let Some(agent) = &mut self.state().agent {
             let _ = writeln!(agent, "{line}");
         }
+    }
+
+    fn say_while_the_port_is_told(&self, message: &FromGuest) {
+        const TO_BE_HEARD: Duration = Duration::from_millis(50);
+        let line = serde_json::to_string(message).expect("messages are plain JSON");
+        let (begin, rest) = line.split_at(line.len() / 2);
+        let say = |text: &str| {
+            if let Some(agent) = &mut self.state().agent {
+                let _ = agent.write_all(text.as_bytes());
+            }
+            thread::sleep(TO_BE_HEARD);
+        };
+        say(begin);
+        self.emit("VSERPORT_CHANGE", &json!({ "open": true, "id": "agent" }));
+        thread::sleep(TO_BE_HEARD);
+        say(rest);
+        say("\n");
     }
 
     fn stage(&self, stage: GuestStage) {
@@ -443,7 +461,11 @@ impl Machine {
         self.stage(GuestStage::Agent);
         self.stage(GuestStage::Ssh);
         if !self.flag("never_ready") {
-            self.say(&FromGuest::Ready);
+            if self.flag("port_told_late") {
+                self.say_while_the_port_is_told(&FromGuest::Ready);
+            } else {
+                self.say(&FromGuest::Ready);
+            }
             self.print("fake login:");
         }
     }

@@ -270,6 +270,13 @@ fn a_launched_vmm_answers_becomes_ready_and_its_boot_is_timed() {
     vm.wait_console("fake login:");
 }
 
+#[test]
+fn news_of_the_agents_port_in_the_middle_of_a_line_costs_no_word() {
+    let (vm, _) = Vm::start(r#"{"port_told_late": true}"#);
+    let (_, status) = vm.connect_ready();
+    assert!(status.ready && status.agent);
+}
+
 /// What descriptors of a process are, as `/proc` writes it.
 fn descriptors(pid: u32) -> Vec<String> {
     let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();

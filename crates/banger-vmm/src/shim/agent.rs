@@ -96,9 +96,15 @@ impl Agent {
         }
     }
 
-    /// The guest closed its end though the connection to the VMM stays: begin anew.
-    pub(super) fn reset(&mut self) {
+    /// Another connection: begin anew.
+    fn reset(&mut self) {
         self.lines.clear();
+        self.forget_unsent();
+    }
+
+    /// The guest opened its end anew though the connection to the VMM stays: what was not sent was for another agent.
+    /// A line that one had begun, the next one ends, since each begins with an empty line.
+    pub(super) fn forget_unsent(&mut self) {
         self.out = Outbox::new(MAX_OUT_BYTES);
     }
 
@@ -116,7 +122,9 @@ impl Agent {
                 Input::Empty => break,
                 Input::End => self.close(&mut heard),
                 Input::Bytes(length) => {
-                    heard.extend(self.lines.push(&buffer[..length]).into_iter().map(|line| {
+                    let lines = self.lines.push(&buffer[..length]).into_iter();
+                    let told = lines.filter(|line| line != &Ok(Vec::new()));
+                    heard.extend(told.map(|line| {
                         line.ok()
                             .and_then(|line| serde_json::from_slice(&line).ok())
                             .map_or(Heard::Malformed, Heard::Message)

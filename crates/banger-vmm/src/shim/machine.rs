@@ -572,7 +572,8 @@ impl Machine {
                 }
             }
             qmp::Event::Panicked => self.guest.panicked(),
-            qmp::Event::AgentPort { open: true } => self.agent.reset(),
+            // What was heard stays: some of it may have come by the very opening that this tells of, by another way.
+            qmp::Event::AgentPort { open: true } => self.agent.forget_unsent(),
             qmp::Event::AgentPort { open: false } => self.agent_closed(),
             qmp::Event::Other => {}
         }
