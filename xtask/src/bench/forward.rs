@@ -12,7 +12,6 @@ use super::stats::{Target, summarise};
 use super::table::Row;
 use crate::command::{capture, command};
 use crate::failure::{Failure, Result};
-use crate::layout::root;
 use std::fmt::Write as _;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::path::Path;
@@ -36,7 +35,10 @@ const INTERNET: Ipv4Addr = Ipv4Addr::new(8, 8, 4, 4);
 const DEFINES: &str = "define host_address = 100.126.15.254
 define gateway = 100.126.0.1
 define guests = 100.126.0.0/21
+define pool = 100.126.0.0/20
 ";
+/// The ruleset as it is shipped, which the keeper loads behind its own definitions.
+const RULES: &str = include_str!("../../../crates/banger-host/src/net/base.nft");
 /// As the keeper sets it up: `net/namespace.rs` and `net/routing.rs`.
 const ROUTER: &str = "echo 1 >/proc/sys/net/ipv4/ip_forward
 echo 1 >/proc/sys/net/ipv4/conf/all/arp_ignore
@@ -104,10 +106,7 @@ impl Way {
         let router = Namespace::new(ROUTER)?;
         let guest = Namespace::new("ip link set lo up")?;
         let internet = Namespace::new("ip link set lo up; ip addr add 8.8.4.4/32 dev lo")?;
-        let base = root().join("crates/banger-host/src/net/base.nft");
-        let base = std::fs::read_to_string(&base)
-            .map_err(Failure::io(format!("cannot read `{}`", base.display())))?;
-        let rules = format!("{DEFINES}{base}{}", elements(many));
+        let rules = format!("{DEFINES}{RULES}{}", elements(many));
         router.inside(|| {
             load(&rules)?;
             shell(&format!(
@@ -223,6 +222,18 @@ fn elements(many: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whatever_the_rules_need_to_know_is_defined() {
+        let word = |text: &str| -> String {
+            let of_word = |c: &char| c.is_ascii_alphanumeric() || *c == '_';
+            text.chars().take_while(of_word).collect()
+        };
+        let script = format!("{DEFINES}{RULES}");
+        for used in RULES.split('$').skip(1).map(word) {
+            assert!(script.contains(&format!("define {used} = ")), "{used}");
+        }
+    }
 
     #[test]
     fn many_vms_are_as_many_as_they_are_said_to_be() {
