@@ -329,7 +329,8 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
     let (mode, host) = host_side(config.network.mode)?;
     let host = host.map(Arc::new);
     // Two: a server that is being started, and its successor.
-    let names = Names::new(Zone::new(instance.pool), paths.state.join("records.json"));
+    let zone = Zone::new(instance.pool);
+    let names = Names::new(zone.clone(), paths.state.join("records.json"));
     let (servers, sockets) = tokio::sync::mpsc::channel(2);
     let network = Network::start(NetworkSetup {
         instance: instance.id,
@@ -338,6 +339,7 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
         host: host.clone(),
         pasta: config.network.pasta(),
         names: servers,
+        zone,
         keeper_program: programs.keeper.clone(),
         keeper_socket: paths.keeper_socket(),
     });

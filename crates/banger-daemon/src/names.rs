@@ -83,7 +83,11 @@ impl Names {
             }
         }
         let nat = record.spec.nat && state.named.contains_key(&record.id);
-        if let Err(error) = self.zone.set_nat(record.address, nat) {
+        let told = self.zone.set_nat(record.address, nat).and_then(|()| {
+            let private = nat && record.spec.nat_private;
+            self.zone.set_private(record.address, private)
+        });
+        if let Err(error) = told {
             tracing::debug!(vm = %record.id, %error, "it is no guest of this pool");
         }
         if self.zone.changes() != before {

@@ -95,7 +95,12 @@ async fn ask(
     let id = random_id()?;
     let message = message_for_resolver(pending, id);
     let question = &pending.query.question;
-    let rules = NoRebinding::new(&service.zone, &service.config.private_domains, question);
+    let rules = NoRebinding::new(
+        &service.zone,
+        &service.config.private_domains,
+        pending.client,
+        question,
+    );
     match pending.transport {
         Transport::Udp => {
             let socket = UdpSocket::bind(any_port(resolver)).await?;

@@ -17,7 +17,7 @@ pub(crate) enum Reach {
     Internet,
     /// A network of somebody's own.
     Network,
-    /// This host, or whoever is on the same link.
+    /// This host, whoever is on the same link, or a network that no guest is ever let into.
     Link,
 }
 
@@ -30,9 +30,9 @@ const NETWORKS: [(Ipv4Net, Reach); 11] = [
     (net(127, 0, 0, 8), Reach::Link),
     (net(169, 254, 0, 16), Reach::Link),
     (net(172, 16, 0, 12), Reach::Network),
-    (net(192, 0, 0, 24), Reach::Network),
+    (net(192, 0, 0, 24), Reach::Link),
     (net(192, 168, 0, 16), Reach::Network),
-    (net(198, 18, 0, 15), Reach::Network),
+    (net(198, 18, 0, 15), Reach::Link),
     (net(224, 0, 0, 4), Reach::Link),
     (net(240, 0, 0, 4), Reach::Link),
 ];
@@ -181,7 +181,6 @@ mod tests {
             "172.16.0.1",
             "172.31.255.254",
             "192.168.1.1",
-            "198.19.0.1",
             "::ffff:192.168.0.1",
             "64:ff9b::10.0.0.1",
             "64:ff9b:1::1",
@@ -193,11 +192,13 @@ mod tests {
     }
 
     #[test]
-    fn this_host_and_its_links_are_nearer_still() {
+    fn this_host_its_links_and_what_is_never_opened_are_nearer_still() {
         let near = [
             "0.0.0.0",
             "127.0.0.53",
             "169.254.169.254",
+            "192.0.0.192",
+            "198.19.0.1",
             "224.0.0.251",
             "255.255.255.255",
             "::",

@@ -89,15 +89,21 @@ fn is_within(name: &Name, domains: &[Domain]) -> bool {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct NoRebinding<'a> {
     zone: &'a Zone,
-    /// The question is for a name that may be of a private network.
+    /// The client reaches private networks, or the question is for a name that may be of one.
     may_be_private: bool,
 }
 
 impl<'a> NoRebinding<'a> {
-    pub(crate) fn new(zone: &'a Zone, private_domains: &[Domain], question: &Question) -> Self {
+    pub(crate) fn new(
+        zone: &'a Zone,
+        private_domains: &[Domain],
+        client: IpAddr,
+        question: &Question,
+    ) -> Self {
         Self {
             zone,
-            may_be_private: is_within(&question.name, private_domains),
+            may_be_private: zone.reaches_private(client)
+                || is_within(&question.name, private_domains),
         }
     }
 }
@@ -113,7 +119,9 @@ impl Forbidden for NoRebinding<'_> {
         }
         match reach(address) {
             Reach::Internet => false,
-            Reach::Network => !self.may_be_private,
+            Reach::Network => {
+                !self.may_be_private || inner.is_some_and(|inner| self.zone.is_host(inner))
+            }
             Reach::Link => true,
         }
     }
@@ -271,13 +279,23 @@ mod tests {
     }
 
     #[track_caller]
-    fn assert_forbidden(name: &str, address: &str, expected: bool) {
+    fn assert_forbidden_to(
+        zone: &Zone,
+        client: Ipv4Addr,
+        name: &str,
+        address: &str,
+        expected: bool,
+    ) {
         let message = query(name, kind::A).bytes();
         let question = Question::read(&message).unwrap();
-        let zone = zone();
-        let rules = NoRebinding::new(&zone, &domains(), &question);
+        let rules = NoRebinding::new(zone, &domains(), client.into(), &question);
         let address = address.parse().unwrap();
         assert_eq!(rules.address(address), expected, "{name} {address}");
+    }
+
+    #[track_caller]
+    fn assert_forbidden(name: &str, address: &str, expected: bool) {
+        assert_forbidden_to(&zone(), WITH_NAT, name, address, expected);
     }
 
     #[test]
@@ -311,10 +329,48 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_reaches_private_networks_is_told_their_names_and_no_others() {
+        let zone = zone();
+        zone.set_private(WITH_NAT, true).unwrap();
+        zone.set_private(WITHOUT, true).unwrap();
+        zone.set_host_addresses([Ipv4Addr::new(192, 168, 1, 5)].into());
+        let to = |client, address, expected| {
+            assert_forbidden_to(&zone, client, "intranet.corp", address, expected);
+        };
+        for private in ["10.0.0.1", "192.168.1.6", "100.64.0.1", "fd00::1"] {
+            to(WITH_NAT, private, false);
+            // Its switch counts with NAT alone.
+            to(WITHOUT, private, true);
+        }
+        for never in [
+            "127.0.0.1",
+            "::1",
+            "0.0.0.0",
+            "169.254.169.254",
+            // Another cloud has its metadata there.
+            "192.0.0.192",
+            // The host's own, plain and mapped, and a guest.
+            "192.168.1.5",
+            "::ffff:192.168.1.5",
+            "172.16.0.3",
+            "172.16.15.254",
+        ] {
+            to(WITH_NAT, never, true);
+        }
+        zone.set_private(WITH_NAT, false).unwrap();
+        to(WITH_NAT, "10.0.0.1", true);
+    }
+
+    #[test]
     fn no_public_name_is_another_name_for_a_vm() {
         let message = query("evil.example", kind::A).bytes();
         let zone = zone();
-        let rules = NoRebinding::new(&zone, &[], &Question::read(&message).unwrap());
+        let rules = NoRebinding::new(
+            &zone,
+            &[],
+            WITH_NAT.into(),
+            &Question::read(&message).unwrap(),
+        );
         for (target, expected) in [
             ("calm-otter.vm", true),
             ("2.0.16.172.in-addr.arpa", true),

@@ -7,7 +7,7 @@ use crate::wire::query::Question;
 use crate::wire::reply::{Apex, Record};
 use banger_core::addr::{Ipv4Net, Pool};
 use banger_core::name::VmName;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -53,10 +53,13 @@ pub struct ZoneEntry {
     pub address: Ipv4Addr,
     /// Whether it may ask for names of the internet.
     pub nat: bool,
+    /// Whether these may lead it into private networks.
+    pub private: bool,
 }
 
-/// The names and addresses of an instance's VMs, and which of them may ask for names of the internet. Clones are the
-/// same zone: the daemon changes it while the server reads it. A change is seen by the next query.
+/// The names and addresses of an instance's VMs, which of them may ask for names of the internet, and whose may lead
+/// into private networks. Clones are the same zone: the daemon changes it while the server reads it. A change is seen
+/// by the next query.
 #[derive(Debug, Clone)]
 pub struct Zone {
     pool: Pool,
@@ -69,6 +72,10 @@ struct Tables {
     addresses: HashMap<Arc<str>, Ipv4Addr>,
     names: HashMap<Ipv4Addr, Arc<str>>,
     nat: HashSet<Ipv4Addr>,
+    /// Who of them reaches private networks, too.
+    private: HashSet<Ipv4Addr>,
+    /// The host's own addresses.
+    host: BTreeSet<Ipv4Addr>,
     changes: u32,
 }
 
@@ -158,6 +165,7 @@ impl Zone {
                 name: vm_name(name),
                 address: *address,
                 nat: tables.nat.contains(address),
+                private: tables.reaches_private(*address),
             })
             .collect();
         drop(tables);
@@ -181,6 +189,27 @@ impl Zone {
         Ok(())
     }
 
+    /// Says whether names of the internet may lead the guest with `address`, if it has NAT, into private networks.
+    ///
+    /// # Errors
+    ///
+    /// [`ZoneError::NotOfGuests`].
+    pub fn set_private(&self, address: Ipv4Addr, on: bool) -> Result<(), ZoneError> {
+        self.check(address)?;
+        let mut tables = self.write();
+        if on {
+            tables.private.insert(address);
+        } else {
+            tables.private.remove(&address);
+        }
+        Ok(())
+    }
+
+    /// Says which addresses the host has itself. No name leads a guest to one that is in a private network.
+    pub fn set_host_addresses(&self, addresses: BTreeSet<Ipv4Addr>) {
+        self.write().host = addresses;
+    }
+
     /// How often names or addresses changed; the serial of its SOA. What was written for one count is good until
     /// there is another.
     pub fn changes(&self) -> u32 {
@@ -189,6 +218,16 @@ impl Zone {
 
     pub(crate) fn has_nat(&self, client: IpAddr) -> bool {
         matches!(client, IpAddr::V4(address) if self.read().nat.contains(&address))
+    }
+
+    /// Whether names may lead the client into private networks.
+    pub(crate) fn reaches_private(&self, client: IpAddr) -> bool {
+        matches!(client, IpAddr::V4(address) if self.read().reaches_private(address))
+    }
+
+    /// Whether the host has this address.
+    pub(crate) fn is_host(&self, address: Ipv4Addr) -> bool {
+        self.read().host.contains(&address)
     }
 
     /// Whether the client is a guest of this instance.
@@ -290,10 +329,15 @@ impl Tables {
         self.names.insert(address, name);
     }
 
+    fn reaches_private(&self, address: Ipv4Addr) -> bool {
+        self.nat.contains(&address) && self.private.contains(&address)
+    }
+
     fn forget(&mut self, name: &VmName) -> Option<Ipv4Addr> {
         let address = self.addresses.remove(name.as_str())?;
         self.names.remove(&address);
         self.nat.remove(&address);
+        self.private.remove(&address);
         Some(address)
     }
 }

@@ -341,6 +341,28 @@ async fn domains_that_are_known_to_be_private_are_let_through_but_never_to_a_gue
 }
 
 #[tokio::test]
+async fn a_guest_that_reaches_private_networks_finds_them_by_name_from_the_next_query_on() {
+    let resolver = Resolver::start().await;
+    let world = World::with_resolvers(&[&resolver]).await;
+    world.zone.set_private(WITH_NAT, true).unwrap();
+    let reply = world.ask(WITH_NAT, "private.example", TYPE::A).await;
+    reply.assert_address("10.0.0.1");
+    for (client, name) in [(WITH_NAT, "guest.example"), (WITHOUT, "private.example")] {
+        let reply = world.ask(client, name, TYPE::A).await;
+        assert_eq!(reply.code, RCODE::Refused);
+    }
+    world
+        .zone
+        .set_host_addresses([Ipv4Addr::new(10, 0, 0, 1)].into());
+    let reply = world.ask(WITH_NAT, "private.example", TYPE::A).await;
+    assert_eq!(reply.code, RCODE::Refused);
+    world.zone.set_host_addresses([].into());
+    world.zone.set_private(WITH_NAT, false).unwrap();
+    let reply = world.ask(WITH_NAT, "private.example", TYPE::A).await;
+    assert_eq!(reply.code, RCODE::Refused);
+}
+
+#[tokio::test]
 async fn private_glue_is_cut_off_an_answer() {
     let resolver = Resolver::start().await;
     let world = World::with_resolvers(&[&resolver]).await;

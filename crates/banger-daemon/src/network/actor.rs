@@ -83,7 +83,7 @@ impl Actor {
             }
             Ask::KeeperEnded => self.keeper_ended(),
             Ask::HostAddresses(addresses) => {
-                self.host_addresses = addresses;
+                self.know_host(addresses);
                 if let Some(namespace) = &self.namespace
                     && let Err(error) = namespace.close_host(&self.host_addresses)
                 {
@@ -270,7 +270,7 @@ impl Actor {
             return;
         }
         match addresses::own_addresses() {
-            Ok(addresses) => self.host_addresses = addresses,
+            Ok(addresses) => self.know_host(addresses),
             Err(error) => tracing::warn!(
                 error = error_chain(&error),
                 "the host's addresses are not known"
@@ -278,6 +278,11 @@ impl Actor {
         }
         host_watch::follow_addresses(self.inbox.clone());
         self.keeping = self.setup.host.as_deref().and_then(host_watch::keep);
+    }
+
+    fn know_host(&mut self, addresses: BTreeSet<Ipv4Addr>) {
+        self.setup.zone.set_host_addresses(addresses.clone());
+        self.host_addresses = addresses;
     }
 
     fn lease(&mut self, plan: PortPlan) -> Result<Lease, NetworkError> {

@@ -26,6 +26,7 @@ use banger_api::network::WayOut;
 use banger_core::addr::Pool;
 use banger_core::id::InstanceId;
 use banger_core::publish::Protocol;
+use banger_dns::Zone;
 use banger_host::host_side::HostSide;
 use banger_host::net::keeper::Keeper;
 use banger_host::op::{Dropped, NamespaceOp, OwnedObject, PortState, PublicationState};
@@ -62,6 +63,8 @@ pub(crate) struct NetworkSetup {
     pub(crate) pasta: PathBuf,
     /// Takes sockets of a name server for guests and host.
     pub(crate) names: mpsc::Sender<Vec<OwnedFd>>,
+    /// No name in it leads a guest to the host's own addresses.
+    pub(crate) zone: Zone,
 }
 
 /// What is there of the network now.

@@ -130,6 +130,8 @@ fn labels_that_are_no_text_are_not_there() {
 fn a_removed_vm_leaves_nothing() {
     let zone = zone();
     zone.set_nat(guest(9), true).unwrap();
+    zone.set_private(guest(9), true).unwrap();
+    assert!(zone.reaches_private(guest(9).into()));
     assert!(zone.remove(&vm("calm-otter")));
     assert!(!zone.remove(&vm("calm-otter")));
     assert_no_name(&zone, "calm-otter.vm", kind::A);
@@ -138,6 +140,8 @@ fn a_removed_vm_leaves_nothing() {
     // Whoever comes next at that address has no NAT either.
     zone.set(&vm("brave-fox"), guest(9)).unwrap();
     assert!(!zone.list()[0].nat);
+    zone.set_nat(guest(9), true).unwrap();
+    assert!(!zone.reaches_private(guest(9).into()));
 }
 
 #[test]
@@ -173,6 +177,7 @@ fn a_renamed_vm_keeps_its_address_and_its_nat() {
         name: vm("brave-fox"),
         address: guest(9),
         nat: true,
+        private: false,
     };
     assert_eq!(zone.list(), [entry]);
 }

@@ -3,8 +3,10 @@
 use super::host::root;
 use std::net::{Ipv4Addr, UdpSocket};
 
-/// What every name leads to.
+/// What every name leads to, but `intranet.corp`.
 pub(crate) const RESOLVED: Ipv4Addr = Ipv4Addr::new(45, 67, 89, 10);
+/// What `intranet.corp` leads to.
+pub(crate) const INTRANET: Ipv4Addr = Ipv4Addr::new(10, 20, 30, 40);
 const SERVER: Ipv4Addr = Ipv4Addr::new(9, 9, 9, 9);
 const LINK: &str = "provider0";
 
@@ -48,7 +50,9 @@ fn answer(query: &[u8]) -> Option<Vec<u8>> {
     if is_address {
         // The question's name, an address, for a minute.
         answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
-        answer.extend(RESOLVED.octets());
+        let is_private = question.starts_with(b"\x08intranet\x04corp\0");
+        let address = if is_private { INTRANET } else { RESOLVED };
+        answer.extend(address.octets());
     }
     Some(answer)
 }

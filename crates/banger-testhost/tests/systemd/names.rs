@@ -1,7 +1,7 @@
 //! Names of guests, by the host's systemd-resolved.
 
 use crate::host::{eventually, install, root, state, try_root};
-use crate::internet::{Internet, RESOLVED};
+use crate::internet::{INTRANET, Internet, RESOLVED};
 use crate::login::{CREATE, Login};
 
 /// What `dns status` says where the resolver was told.
@@ -31,6 +31,15 @@ fn host_and_guests_know_each_other_by_name_in_helper_and_in_root_mode_also_after
     assert!(said.contains(&format!("Address: {calm}")), "{said}");
     assert!(said.contains("name = calm.vm"), "{said}");
     assert!(said.contains(&RESOLVED.to_string()), "{said}");
+
+    // Names of private networks are for guests that reach these.
+    let intranet = |otter: &mut Login| {
+        let said = otter.ssh("calm", "nslookup -type=a intranet.corp; true");
+        said.contains(&INTRANET.to_string())
+    };
+    assert!(!intranet(&mut otter));
+    otter.ok("banger nat up calm --private");
+    assert!(intranet(&mut otter));
 
     // Root has guests as well. Both answer for names below `.vm`, each for its own.
     root("mkdir -p ~/.local/share && cp -r /mnt/fixtures/banger ~/.local/share/");

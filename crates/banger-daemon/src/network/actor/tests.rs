@@ -50,6 +50,7 @@ fn a_vm_that_lives_keeps_what_it_has_on_the_host_though_its_namespace_is_not_fou
         keeper_socket: folder.path().join("netns.sock"),
         pasta: PathBuf::from("pasta"),
         names,
+        zone: banger_dns::Zone::new(POOL),
     };
     let mut actor = Actor::new(setup, inbox.downgrade());
     let plan = PortPlan {
