@@ -411,14 +411,16 @@ impl Actor {
             Action::Start => self.start(vec![reply]).await,
             Action::Stop => self.stop(ask.timeout, vec![reply], Vec::new()).await,
             Action::StopThenStart => self.stop(ask.timeout, Vec::new(), vec![reply]).await,
-            Action::ResumeThenStop => match self.command(Verb::Resume).await {
+            Action::ResumeThenStop => match self.command(Verb::Resume, ask.request).await {
                 Ok(()) => self.stop(ask.timeout, vec![reply], Vec::new()).await,
                 Err(error) => answer_to(reply, Err(error)),
             },
-            Action::ResumeThenStopThenStart => match self.command(Verb::Resume).await {
-                Ok(()) => self.stop(ask.timeout, Vec::new(), vec![reply]).await,
-                Err(error) => answer_to(reply, Err(error)),
-            },
+            Action::ResumeThenStopThenStart => {
+                match self.command(Verb::Resume, ask.request).await {
+                    Ok(()) => self.stop(ask.timeout, Vec::new(), vec![reply]).await,
+                    Err(error) => answer_to(reply, Err(error)),
+                }
+            }
             Action::ThenStart => match self.run.stopping() {
                 Some(stopping) => stopping.then_start.push(reply),
                 None => self.answer(reply),
@@ -445,7 +447,7 @@ impl Actor {
                 } else {
                     (Verb::Pause, PausedBy::Person)
                 };
-                let done = self.command(verb).await;
+                let done = self.command(verb, ask.request).await;
                 self.paused(done, Phase::Paused { by }, reply);
             }
             Action::Resume => {
@@ -461,7 +463,7 @@ impl Actor {
                         return answer_to(reply, Err(error));
                     }
                 }
-                let done = self.command(Verb::Resume).await;
+                let done = self.command(Verb::Resume, ask.request).await;
                 let goes_on = done.is_ok();
                 let ready = self.is_ready();
                 self.paused(
@@ -525,15 +527,15 @@ impl Actor {
         matches!(&self.run, Run::Live(live) if live.status.as_ref().is_some_and(|status| status.ready))
     }
 
-    /// Sends a verb to the shim and waits for its answer.
-    pub(super) async fn command(&mut self, verb: Verb) -> Result<(), ErrorBody> {
+    /// Sends a verb to the shim, for the sake of `request`, and waits for its answer.
+    pub(super) async fn command(&mut self, verb: Verb, request: Request) -> Result<(), ErrorBody> {
         let commander = match &self.run {
             Run::Live(live) => live.commander.clone(),
             Run::Idle | Run::Starting(_) => None,
         };
         let name = &self.record.name;
         let Some(commander) = commander else {
-            return Err(self.denied(Deny::Unreachable, Request::Kill));
+            return Err(self.denied(Deny::Unreachable, request));
         };
         commander.send(verb).await.map_err(|why| {
             let mut error = ErrorBody::new(

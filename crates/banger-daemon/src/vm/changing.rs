@@ -2,7 +2,7 @@
 
 use super::Ask;
 use super::actor::{Actor, Reply, Run, answer_to};
-use super::files::io_error;
+use super::files::lock_error;
 use super::start_plan::blocking;
 use super::teardown::close_storage;
 use crate::crash::{Side, point};
@@ -10,12 +10,11 @@ use crate::images::ImageRecord;
 use crate::network::{Part, network_error};
 use crate::storage::{self, Layer};
 use banger_api::error::{ErrorBody, ErrorCode};
-use banger_core::decide::{Deny, Request};
 use banger_core::name::VmName;
 use banger_core::publish::PublishedPort;
 use banger_core::size::DiskBytes;
 use banger_core::spec::Storage;
-use banger_vmm::lock::{LockError, Locked, try_lock};
+use banger_vmm::lock::{Locked, try_lock};
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -131,7 +130,7 @@ impl Actor {
         image: Option<ImageRecord>,
     ) -> Result<(), ErrorBody> {
         // Held to the end: nothing starts on this layer.
-        let _lock = self.own_lock()?;
+        let _lock = self.own_lock("reset")?;
         // By the driver that attached it; the record may name another afterwards.
         if let Some(problem) = close_storage(&self.world, &self.record, "reset").await {
             let message = format!("the storage of `{}` cannot be detached", self.record.name);
@@ -164,7 +163,7 @@ impl Actor {
 
     /// As [`Actor::finish_reset`], of a promise that a crash or a full disk broke.
     pub(super) async fn finish_promised_reset(&mut self) -> Result<(), ErrorBody> {
-        let _lock = self.own_lock()?;
+        let _lock = self.own_lock("start")?;
         self.finish_reset().await
     }
 
@@ -191,7 +190,7 @@ impl Actor {
     /// Gives the VM its first work disk, or a larger one. The file comes first: a record never promises more than is
     /// there. A filesystem is grown in the guest, which knows what it holds; the host never reads it.
     async fn grow_disk(&mut self, bytes: DiskBytes) -> Result<(), ErrorBody> {
-        let _lock = self.own_lock()?;
+        let _lock = self.own_lock("grow the disk of")?;
         let path = self.files.disk();
         let fresh = match self.record.disk_uuid {
             Some(_) => None,
@@ -236,12 +235,9 @@ impl Actor {
         }
     }
 
-    /// The lock of a VM that is stopped.
-    fn own_lock(&self) -> Result<Locked, ErrorBody> {
-        try_lock(&self.files.lock()).map_err(|error| match &error {
-            LockError::Held(_) => self.denied(Deny::Unreachable, Request::Kill),
-            LockError::Io { path, source } => io_error("lock", path, source),
-        })
+    /// The lock of a VM that is stopped, to do `verb` with it.
+    fn own_lock(&self, verb: &str) -> Result<Locked, ErrorBody> {
+        try_lock(&self.files.lock()).map_err(|error| lock_error(&self.record.name, verb, &error))
     }
 
     fn refuse_collision(&self, port: &PublishedPort) -> Result<(), ErrorBody> {

@@ -1,6 +1,7 @@
 //! The actor's part that puts a VM into the trash or removes it for ever.
 
 use super::actor::{Actor, Run};
+use super::files::lock_error;
 use super::teardown::{close_storage, release_port};
 use crate::crash::{Side, point};
 use crate::images::store_error;
@@ -53,13 +54,13 @@ impl Actor {
     pub(super) async fn purge(&mut self) -> Result<(), ErrorBody> {
         // Held to the end: nothing starts on these disks, and nothing that lives loses them.
         let _lock = match (&self.run, try_lock(&self.files.lock())) {
-            (Run::Starting(_) | Run::Live(_), _) | (_, Err(LockError::Held(_))) => {
+            (Run::Starting(_) | Run::Live(_), _) => {
                 return Err(self.denied(Deny::Unreachable, Request::Delete { force: true }));
             }
             (Run::Idle, Ok(lock)) => Some(lock),
             (Run::Idle, Err(LockError::Io { .. })) if !self.files.folder.exists() => None,
-            (Run::Idle, Err(LockError::Io { path, source })) => {
-                return Err(super::files::io_error("lock", &path, &source));
+            (Run::Idle, Err(error)) => {
+                return Err(lock_error(&self.record.name, "delete", &error));
             }
         };
         point("delete", "promise", Side::Before);

@@ -124,7 +124,7 @@ impl Actor {
         }
         self.publish(|view| view.phase = Phase::Stopping { deadline });
         point("stop", "ask", Side::Before);
-        match self.command(Verb::Shutdown).await {
+        match self.command(Verb::Shutdown, Request::Stop).await {
             Ok(()) => self.note("stop", "the guest was asked to shut down", None),
             Err(error) => self.note(
                 "stop",

@@ -4,7 +4,8 @@ use crate::images::STAGING;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::paths::Paths;
 use banger_core::id::VmId;
-use banger_vmm::lock::try_lock;
+use banger_core::name::VmName;
+use banger_vmm::lock::{LockError, try_lock};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -105,6 +106,22 @@ pub(crate) fn io_error(action: &str, path: &Path, error: &std::io::Error) -> Err
             .hint("free some space and repeat the command");
     }
     ErrorBody::new(ErrorCode::Internal, message).caused_by(error)
+}
+
+/// Why the lock of a VM that should be stopped cannot be taken; `verb` is what it was to be taken for.
+pub(crate) fn lock_error(name: &VmName, verb: &str, error: &LockError) -> ErrorBody {
+    match error {
+        LockError::Held(path) => ErrorBody::new(
+            ErrorCode::Unreachable,
+            format!("cannot {verb} VM `{name}`: another process holds its lock"),
+        )
+        .caused_by(error)
+        .hint(format!(
+            "`fuser -v {}` shows which; if `banger vm list` shows the VM as running then, `banger vm kill {name}` ends it",
+            path.display()
+        )),
+        LockError::Io { path, source } => io_error("lock", path, source),
+    }
 }
 
 #[cfg(test)]

@@ -89,7 +89,7 @@ impl Actor {
         match decide(Standing::Live(&phase), Request::Stop) {
             Decision::Run(action) => {
                 if action == Action::ResumeThenStop
-                    && let Err(error) = self.command(Verb::Resume).await
+                    && let Err(error) = self.command(Verb::Resume, Request::Stop).await
                 {
                     self.note("recover", error.message, None);
                     return;

@@ -182,21 +182,9 @@ impl StartPlan {
 
     async fn take_lock(&self) -> Result<Locked, ErrorBody> {
         let files = self.files();
-        let name = &self.record.name;
         blocking(move || try_lock(&files.lock()))
             .await?
-            .map_err(|error| match &error {
-                LockError::Held(path) => ErrorBody::new(
-                    ErrorCode::Unreachable,
-                    format!("cannot start `{name}`: somebody has its files"),
-                )
-                .caused_by(&error)
-                .hint(format!(
-                    "`fuser -v {}` shows who; if `banger vm list` shows it as running then, `banger vm kill {name}` ends it",
-                    path.display()
-                )),
-                LockError::Io { source, path } => io_error("lock", path, source),
-            })
+            .map_err(|error| files::lock_error(&self.record.name, "start", &error))
     }
 
     async fn open_files(&self) -> Result<Opened, ErrorBody> {

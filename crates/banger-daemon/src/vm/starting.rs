@@ -8,7 +8,6 @@ use super::{Ask, AttemptFile};
 use crate::convert;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::vm::BootTimes;
-use banger_core::decide::{Deny, Request};
 use banger_core::phase::{Desired, PausedBy, Phase, StartStep, StopReason};
 use banger_vmm::lock::LockError;
 use banger_vmm::protocol::Status;
@@ -219,9 +218,7 @@ impl Actor {
             let done = match (&self.run, &then) {
                 (Run::Idle, Some(ask)) => self.trash(ask.purge).await,
                 (Run::Idle, None) => Ok(()),
-                (Run::Starting(_) | Run::Live(_), _) => {
-                    Err(self.denied(Deny::Unreachable, Request::Kill))
-                }
+                (Run::Starting(_) | Run::Live(_), _) => Err(self.undead()),
             };
             self.publish(|_| {});
             reply_all(cancellers, &done.map(|()| self.view.borrow().clone()));
