@@ -33,6 +33,8 @@ pub enum Desired {
 pub enum StartStep {
     /// Take `vm.lock`.
     TakeLock,
+    /// Store that the VM is to run.
+    StoreDesired,
     /// Open image, kernel, overlay and disk; make what is missing; check sizes and room.
     OpenFiles,
     /// Lease a port of the bridge from the network.
@@ -47,8 +49,9 @@ pub enum StartStep {
 
 impl StartStep {
     /// All steps, in order.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::TakeLock,
+        Self::StoreDesired,
         Self::OpenFiles,
         Self::LeasePort,
         Self::WriteBoot,
@@ -60,6 +63,7 @@ impl StartStep {
     pub const fn name(self) -> &'static str {
         match self {
             Self::TakeLock => "take-lock",
+            Self::StoreDesired => "store-desired",
             Self::OpenFiles => "open-files",
             Self::LeasePort => "lease-port",
             Self::WriteBoot => "write-boot",

@@ -59,8 +59,6 @@ pub(super) struct StartError {
     pub(super) step: StartStep,
     pub(super) error: ErrorBody,
     pub(super) cancelled: bool,
-    /// The wish that the VM runs could not be stored, so it is none.
-    pub(super) unstored: bool,
 }
 
 /// Whether the row says already that the VM is to run.
@@ -143,7 +141,6 @@ impl StartPlan {
                 step,
                 error,
                 cancelled: true,
-                unstored: false,
             });
         }
         point("start", step.name(), Side::Before);
@@ -160,7 +157,6 @@ impl StartPlan {
             step,
             error,
             cancelled: false,
-            unstored: false,
         })
     }
 
@@ -173,10 +169,9 @@ impl StartPlan {
         let stored = self.world.store.update_vm((*self.record).clone()).await;
         point("start", "desired", Side::After);
         stored.map_err(|error| StartError {
-            step: StartStep::TakeLock,
+            step: StartStep::StoreDesired,
             error: store_error(&error),
             cancelled: false,
-            unstored: true,
         })
     }
 

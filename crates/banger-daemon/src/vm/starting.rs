@@ -150,7 +150,6 @@ impl Actor {
                 step: StartStep::TakeLock,
                 error,
                 cancelled: false,
-                unstored: false,
             }) if error.code == ErrorCode::Unreachable => {
                 // Whoever holds the lock is not of this start, and nothing of it was made.
                 self.record = before;
@@ -161,8 +160,9 @@ impl Actor {
                 step,
                 error,
                 cancelled,
-                unstored,
             }) => {
+                // Nobody was told that it is to run.
+                let unstored = step == StartStep::StoreDesired;
                 let unwound = unwind(&self.world, &self.record).await;
                 let why = if cancelled {
                     or_going_down(StopReason::StartCancelled, going_down)
