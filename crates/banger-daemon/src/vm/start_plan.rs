@@ -368,12 +368,13 @@ fn write_boot(
     }
     let vmm_folder = files.vmm_folder();
     files::make_folder(&vmm_folder).map_err(|error| io_error("make", &vmm_folder, &error))?;
-    let config = boot_config(world, record, opened)?;
+    let (drives, drives_in_guest) = drives(record, files, opened).into_iter().unzip();
+    let config = boot_config(world, record, opened, drives_in_guest)?;
     let drive = config
         .to_drive()
         .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
     write_new(&files.config_drive(), &drive)?;
-    let machine = machine(record, files, opened, accelerator);
+    let machine = machine(record, files, opened, drives, accelerator);
     let plan = vmm
         .plan(&machine)
         .map_err(|error| ErrorBody::from_error(ErrorCode::StartFailed, &error))?;
@@ -440,38 +441,56 @@ fn write_new(path: &std::path::Path, bytes: &[u8]) -> Result<(), ErrorBody> {
     replace_unsynced(path, bytes, 0o600).map_err(|error| io_error("write", path, &error))
 }
 
+/// The machine's drives in the guest's order: what the VMM opens, and what the guest does with it.
+fn drives(record: &VmRecord, files: &VmFiles, opened: &Opened) -> Vec<(DriveConfig, Drive)> {
+    let drive = |role, path, uuid, read_only, grow| {
+        let in_guest = Drive {
+            role,
+            uuid,
+            read_only,
+            grow,
+            mount_at: (role == DriveRole::Disk).then(|| DISK_AT.to_owned()),
+        };
+        (DriveConfig { path, read_only }, in_guest)
+    };
+    let root = &opened.root;
+    let root_uuid = Some(root.uuid.clone());
+    let modules_uuid = Some(opened.modules_uuid.clone());
+    let mut drives = vec![
+        drive(
+            DriveRole::Root,
+            root.path.clone(),
+            root_uuid,
+            !root.own,
+            root.own,
+        ),
+        drive(
+            DriveRole::Modules,
+            opened.modules.clone(),
+            modules_uuid,
+            true,
+            false,
+        ),
+        drive(DriveRole::Config, files.config_drive(), None, true, false),
+    ];
+    if let Some((path, uuid)) = &root.overlay {
+        let uuid = Some(uuid.to_string());
+        drives.push(drive(DriveRole::Overlay, path.clone(), uuid, false, false));
+    }
+    if let Some(uuid) = record.disk_uuid {
+        let uuid = Some(uuid.to_string());
+        drives.push(drive(DriveRole::Disk, files.disk(), uuid, false, true));
+    }
+    drives
+}
+
 fn machine(
     record: &VmRecord,
     files: &VmFiles,
     opened: &Opened,
+    drives: Vec<DriveConfig>,
     accelerator: banger_vmm::driver::Accelerator,
 ) -> MachineConfig {
-    let mut drives = vec![
-        DriveConfig {
-            path: opened.root.path.clone(),
-            read_only: !opened.root.own,
-        },
-        DriveConfig {
-            path: opened.modules.clone(),
-            read_only: true,
-        },
-        DriveConfig {
-            path: files.config_drive(),
-            read_only: true,
-        },
-    ];
-    if let Some((path, _)) = &opened.root.overlay {
-        drives.push(DriveConfig {
-            path: path.clone(),
-            read_only: false,
-        });
-    }
-    if record.disk_uuid.is_some() {
-        drives.push(DriveConfig {
-            path: files.disk(),
-            read_only: false,
-        });
-    }
     MachineConfig {
         id: record.id.to_string(),
         name: record.name.to_string(),
@@ -492,47 +511,14 @@ fn machine(
     }
 }
 
-fn boot_config(world: &World, record: &VmRecord, opened: &Opened) -> Result<BootConfig, ErrorBody> {
+fn boot_config(
+    world: &World,
+    record: &VmRecord,
+    opened: &Opened,
+    drives: Vec<Drive>,
+) -> Result<BootConfig, ErrorBody> {
     let seed: [u8; 32] =
         keys::random().map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
-    let own_root = opened.root.own;
-    let drive = |role, uuid, read_only, grow| Drive {
-        role,
-        uuid,
-        read_only,
-        grow,
-        mount_at: None,
-    };
-    let mut drives = vec![
-        drive(
-            DriveRole::Root,
-            Some(opened.root.uuid.clone()),
-            !own_root,
-            own_root,
-        ),
-        drive(
-            DriveRole::Modules,
-            Some(opened.modules_uuid.clone()),
-            true,
-            false,
-        ),
-        drive(DriveRole::Config, None, true, false),
-    ];
-    if let Some((_, uuid)) = &opened.root.overlay {
-        drives.push(drive(
-            DriveRole::Overlay,
-            Some(uuid.to_string()),
-            false,
-            false,
-        ));
-    }
-    if let Some(uuid) = record.disk_uuid {
-        let disk = drive(DriveRole::Disk, Some(uuid.to_string()), false, true);
-        drives.push(Drive {
-            mount_at: Some(DISK_AT.to_owned()),
-            ..disk
-        });
-    }
     let pool = world.instance.pool;
     Ok(BootConfig {
         hostname: record.name.to_string(),
