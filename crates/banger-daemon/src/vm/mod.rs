@@ -7,6 +7,7 @@
 //! ```
 
 pub(crate) mod actor;
+mod boot_material;
 pub(crate) mod changing;
 mod deleting;
 mod ending;

@@ -2,8 +2,9 @@
 
 use super::actor::{Actor, Live, Reply, Run, Starting, reply_all};
 use super::link::Link;
-use super::start_plan::{StartError, StartPlan, Started, Wish, unwind};
+use super::start_plan::{StartError, StartPlan, Started, Wish};
 use super::stop_reason::{Intent, or_going_down};
+use super::teardown::unwind;
 use super::{Ask, AttemptFile};
 use crate::convert;
 use banger_api::error::{ErrorBody, ErrorCode};

@@ -51,6 +51,23 @@ fn signal_all(lock: &Path, signal: impl Fn(i32) -> Signal) {
     }
 }
 
+/// After a failed start: no process and no port of it is left. The attempt's folder stays until the reason is recorded.
+///
+/// # Errors
+/// A process of the VM does not die.
+pub(super) async fn unwind(
+    world: &Arc<World>,
+    record: &VmRecord,
+) -> Result<Vec<String>, LockError> {
+    let lock = VmFiles::of(&world.paths, record.id).lock();
+    let path = lock.clone();
+    let ended = tokio::task::spawn_blocking(move || end_processes(&path, Duration::ZERO));
+    let _lock = ended.await.unwrap_or_else(|_| Err(LockError::Held(lock)))?;
+    let closed = close_storage(world, record, "unwind").await;
+    let released = release_port(world, record.id, "unwind").await;
+    Ok(closed.into_iter().chain(released).collect())
+}
+
 /// Removes a dead VM's port of the bridge. Answers what could not be removed.
 pub(crate) async fn release_port(world: &World, id: VmId, verb: &'static str) -> Option<String> {
     point(verb, "release-port", Side::Before);
