@@ -1,4 +1,5 @@
-//! The plan of a start: steps in order, each announced, each with a way back by total teardown.
+//! The plan of a start: steps, each announced and noted in the journal. Three of them run side by side. The plan undoes
+//! nothing: after a failure its caller tears down ([`super::teardown::unwind`]).
 
 use super::AttemptFile;
 use super::boot_material::{Opened, open_files, write_boot};
