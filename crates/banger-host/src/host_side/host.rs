@@ -120,10 +120,6 @@ impl Host {
                 pool,
                 dns,
             } => HostAnswer::Resolved(self.ensure_resolved(tag(instance), *pool, *dns)?),
-            HostOp::RemoveResolved { instance } => {
-                self.remove_resolved(tag(instance))?;
-                HostAnswer::Done
-            }
             HostOp::AttachSnapshot { .. }
             | HostOp::DetachSnapshot { .. }
             | HostOp::GrowSnapshot { .. }
@@ -157,15 +153,6 @@ impl Host {
         let link = work?.note_resolver(tag, pool, dns)?;
         step("resolver", || resolved::route(link, pool.guests(), dns))
             .map_err(HostOpError::Resolved)
-    }
-
-    fn remove_resolved(&self, tag: Tag) -> Result<(), HostOpError> {
-        let work = self.work(Renews::Nobody);
-        // Without the link there is nothing to revert.
-        match work?.forget_resolver(tag)? {
-            Some(link) => resolved::revert(link).map_err(HostOpError::Resolved),
-            None => Ok(()),
-        }
     }
 
     pub(super) fn work(&self, renews: Renews) -> Result<Work, HostOpError> {
@@ -377,16 +364,6 @@ impl Work {
         let link = veth::find(&mut self.links, tag)?;
         link.map(|link| link.index)
             .ok_or(HostOpError::NotAttached(tag.instance))
-    }
-
-    /// Forgets it. Answers with the number of the link, if it is there.
-    fn forget_resolver(&mut self, tag: Tag) -> Result<Option<u32>, HostOpError> {
-        let Some(mut record) = self.record(tag)? else {
-            return Ok(None);
-        };
-        record.dns = None;
-        self.ledger.save(&record)?;
-        Ok(veth::find(&mut self.links, tag)?.map(|link| link.index))
     }
 
     /// What the host's resolver is to know: for whom, by way of which link, which guests, and who is asked.

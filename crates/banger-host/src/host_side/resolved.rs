@@ -68,20 +68,6 @@ fn calls(link: u32, guests: Ipv4Net, dns: Ipv4Addr) -> [Vec<String>; 3] {
     ]
 }
 
-/// Takes it back from a link that is there. Nothing is left to do where systemd-resolved does not run.
-///
-/// # Errors
-/// It cannot be told.
-pub(super) fn revert(link: u32) -> Result<(), ExecError> {
-    if !serves() {
-        return Ok(());
-    }
-    match run(&["RevertLink", "i", &link.to_string()]) {
-        Err(ExecError::Missing { .. }) => Ok(()),
-        ran => ran,
-    }
-}
-
 fn serves() -> bool {
     UnixStream::connect(SERVING).is_ok()
 }

@@ -53,11 +53,6 @@ pub enum HostOp {
         /// The name server: an address of the pool.
         dns: Ipv4Addr,
     },
-    /// Take it back.
-    RemoveResolved {
-        /// Whose.
-        instance: InstanceId,
-    },
     /// Make a VM's snapshot of its image, anew if there is one, which nobody may use. Comes with two descriptors: the
     /// image, open for reading alone, and the copy-on-write file, open for reading and writing; its first bytes are
     /// zeros or what an earlier snapshot of the same image left. Answers [`HostAnswer::Device`].
@@ -104,7 +99,6 @@ impl HostOp {
             Self::EnsureNat { .. } => "ensure-nat",
             Self::RemoveNat { .. } => "remove-nat",
             Self::EnsureResolved { .. } => "ensure-resolved",
-            Self::RemoveResolved { .. } => "remove-resolved",
             Self::AttachSnapshot { .. } => "attach-snapshot",
             Self::DetachSnapshot { .. } => "detach-snapshot",
             Self::GrowSnapshot { .. } => "grow-snapshot",
@@ -131,7 +125,6 @@ impl HostOp {
             | Self::EnsureNat { .. }
             | Self::RemoveNat { .. }
             | Self::EnsureResolved { .. }
-            | Self::RemoveResolved { .. }
             | Self::DetachSnapshot { .. }
             | Self::GrowSnapshot { .. }
             | Self::SnapshotStatus { .. }
