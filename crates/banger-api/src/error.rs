@@ -49,16 +49,16 @@ codes! {
     /// The phase of the VM does not allow it.
     WrongPhase = "wrong-phase", 5,
         "A VM's phase decides which verbs it takes: a running VM cannot be resized, a stopped one cannot be paused. The hint names the verb that helps. `banger vm show NAME` prints the phase.";
-    /// The VM is running but does not answer; only kill is allowed.
+    /// A process of the VM is alive but does not answer: kill it first.
     Unreachable = "unreachable", 5,
         "The VM's lock is held, so a process of it is alive, but its shim does not answer. Nothing may be started on its disks until that process is gone. `banger vm kill NAME` ends it.";
     /// Something still uses it.
     InUse = "in-use", 5,
         "An image or kernel is pinned by VMs, also by those in the trash. The message lists them.";
-    /// The object changed since it was read.
+    /// Something else has what was asked for, or changed it meanwhile.
     Conflict = "conflict", 5,
-        "The object was changed by someone else between reading and writing it. Read it again and repeat the change.";
-    /// Two operations would get in each other's way, or the request was cancelled.
+        "Something else has what was asked for, or got there first: the object was changed since it was read, a port of the host is taken, or the same thing is being made by another request. The message names it, and the hint says what to do. Nothing was changed.";
+    /// The operation was cancelled.
     Cancelled = "cancelled", 130,
         "The operation was cancelled before it was done. Nothing half done is left.";
     /// Waiting took longer than allowed; nothing was undone.
@@ -73,9 +73,9 @@ codes! {
     /// The host's disk is full.
     NoSpace = "no-space", 8,
         "The host's filesystem has too little room. Nothing was left half made. Free some space and repeat the command.";
-    /// A file given by the person cannot be used.
+    /// A file cannot be used.
     BadFile = "bad-file", 9,
-        "A file that was named cannot be read, or is not what it should be: a kernel that is no kernel, an archive with the wrong checksum. The message names the file and what was found in it.";
+        "A file cannot be read, or is not what it should be: a kernel that is no kernel, an archive with the wrong checksum, a disk that is not the VM's. The message names the file and what was found in it.";
     /// The VM could not be started.
     StartFailed = "start-failed", 10,
         "The VM could not be started. It is stopped again, nothing of it is left on the host, and it can be started again. `banger vm why NAME` tells the steps, `banger vm logs --vmm NAME` what the VMM said.";

@@ -129,7 +129,7 @@ pub enum Deny {
     Running,
     /// It is stopped: start it first.
     Stopped,
-    /// It runs but does not answer: only kill is allowed.
+    /// A process of it is alive but does not answer: kill it first.
     Unreachable,
     /// It is live: say `--force`.
     NeedsForce,

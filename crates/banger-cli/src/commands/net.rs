@@ -106,8 +106,9 @@ fn render(status: &NetworkStatus) -> String {
         vec![vm.name.to_string(), vm.address.to_string(), joins]
     });
     let repairs = match status.repairs {
-        0 => "nobody else has changed them".to_owned(),
-        repairs => format!("put back {repairs} times after somebody else changed them"),
+        0 => "no other program has changed them".to_owned(),
+        1 => "put back once after another program changed them".to_owned(),
+        repairs => format!("put back {repairs} times after another program changed them"),
     };
     format!(
         "{}\n{}{}",
@@ -125,7 +126,7 @@ mod tests {
     fn the_status_tells_who_reaches_whom() {
         insta::assert_snapshot!(render(&network::tests::example()), @r"
         mode   root
-        rules  put back 1 times after somebody else changed them
+        rules  put back once after another program changed them
 
         NAME        ADDRESS     JOINED WITH
         calm-otter  172.16.0.2  fox

@@ -397,7 +397,7 @@ async fn tell(world: &World, handle: &Handle, request: Request, why: String) {
         Ok(_) => note(world, handle.id, "storage", why, None),
         // It may have ended meanwhile.
         Err(error) => {
-            tracing::warn!(vm = %handle.id, error = error.message, "a VM was not {}d for room", request.verb());
+            tracing::warn!(vm = %handle.id, request = request.verb(), error = error.message, "a VM did not follow what the host's room demands");
         }
     }
 }

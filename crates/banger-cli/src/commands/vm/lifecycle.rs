@@ -56,7 +56,7 @@ pub(crate) struct ResumeArgs {
 
 /// End VMs at once, without asking them, as if their plug were pulled
 ///
-/// Their disks stay. It is the only verb for a VM that is unreachable.
+/// Their disks stay. It also ends a VM that is unreachable, which cannot be stopped.
 #[derive(Debug, clap::Args)]
 pub(crate) struct KillArgs {
     #[command(flatten)]
