@@ -271,7 +271,7 @@ fn made_over_another(layer: &Layer) -> Result<(), ErrorBody> {
         return Ok(());
     }
     Err(ErrorBody::new(
-        ErrorCode::Conflict,
+        ErrorCode::BadFile,
         format!(
             "the image of `{}` is not the one its overlay was made over",
             layer.name
@@ -375,7 +375,7 @@ fn ensure_disk(
     match template::read_ext4_uuid(path) {
         Ok(found) if found.to_string() == uuid => Ok(()),
         Ok(found) => Err(ErrorBody::new(
-            ErrorCode::Conflict,
+            ErrorCode::BadFile,
             format!(
                 "`{}` is not the disk of `{name}`: it carries the UUID {found}, not {uuid}",
                 path.display()

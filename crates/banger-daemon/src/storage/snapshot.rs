@@ -253,7 +253,7 @@ fn ensure_cow(driver: &Snapshot, layer: &Layer) -> Result<(), ErrorBody> {
     let error = match read {
         Ok(true) if begins[MAGIC] == HEADER[MAGIC] => return Ok(()),
         Ok(_) => ErrorBody::new(
-            ErrorCode::Conflict,
+            ErrorCode::BadFile,
             format!(
                 "`{}` is not the copy-on-write file of `{}`",
                 layer.file.display(),
@@ -277,7 +277,7 @@ fn prove(layer: &Layer, device: &Path) -> Result<(), ErrorBody> {
         return Ok(());
     }
     Err(ErrorBody::new(
-        ErrorCode::Conflict,
+        ErrorCode::BadFile,
         format!(
             "`{}` is not over the image of `{}`: it carries the UUID {found}, not {}",
             layer.file.display(),
