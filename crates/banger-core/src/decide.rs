@@ -1,19 +1,5 @@
 //! The decision table: how a request to a VM is answered, before anything touches the host.
-//!
-//! | request | stopped | starting | running | paused | stopping | trashed |
-//! | --- | --- | --- | --- | --- | --- | --- |
-//! | start | run | join | already | deny: resume | deny: wait | deny: undelete |
-//! | stop | already | cancel | run (unreachable: deny) | resume and stop (full disk: deny) | join | already |
-//! | kill | already | cancel | run | run | escalate | already |
-//! | restart | run start | join | stop, start | resume, stop, start (full disk: deny) | then start | deny |
-//! | pause | deny | deny | run | already | deny | deny |
-//! | resume | deny | deny | already | run | deny | deny |
-//! | set what holds at once | run | after the start | run | run | run | deny |
-//! | set all else, reset | run | deny | deny | deny | deny: wait | deny |
-//! | delete | trash | deny: force | deny: force | deny: force | deny: force | already |
-//! | undelete | already | already | already | already | already | run |
-//!
-//! Unreachable, it may only be killed, be deleted with `--force`, and get or lose what holds at once.
+//! `ARCHITECTURE.md` has it as a table.
 
 use crate::phase::{PausedBy, Phase};
 
@@ -39,10 +25,12 @@ pub enum Request {
     },
     /// Throw its overlay away.
     Reset,
-    /// Put it into the trash.
+    /// Put it into the trash, or remove it for good.
     Delete {
         /// Kill it first if it is live.
         force: bool,
+        /// Remove record and files for good.
+        purge: bool,
     },
     /// Bring it back from the trash.
     Undelete,
@@ -106,10 +94,14 @@ pub enum Action {
     SetAfterStart,
     /// Throw its overlay away.
     Reset,
-    /// Trash it.
+    /// Put it into the trash.
     Trash,
-    /// End the VMM, then trash it.
+    /// Remove record and files for good.
+    Purge,
+    /// End the VMM, then put it into the trash.
     KillThenTrash,
+    /// End the VMM, then remove record and files for good.
+    KillThenPurge,
     /// Bring it back from the trash.
     Undelete,
 }
@@ -292,27 +284,35 @@ pub fn decide(standing: Standing<'_>, request: Request) -> Decision {
 
         (Request::Undelete, _) => AlreadyThere,
 
-        (Request::Delete { .. }, Phase::Stopped { .. }) => Run(Action::Trash),
+        (Request::Delete { purge: false, .. }, Phase::Stopped { .. }) => Run(Action::Trash),
+        (Request::Delete { purge: true, .. }, Phase::Stopped { .. }) => Run(Action::Purge),
         (
-            Request::Delete { force: false },
+            Request::Delete { force: false, .. },
             Phase::Starting { .. }
             | Phase::Running { .. }
             | Phase::Paused { .. }
             | Phase::Stopping { .. },
         ) => Refuse(Deny::NeedsForce),
         (
-            Request::Delete { force: true },
+            Request::Delete { force: true, purge },
             Phase::Starting { .. }
             | Phase::Running { .. }
             | Phase::Paused { .. }
             | Phase::Stopping { .. },
-        ) => Run(Action::KillThenTrash),
+        ) => Run(if purge {
+            Action::KillThenPurge
+        } else {
+            Action::KillThenTrash
+        }),
     }
 }
 
 fn decide_trashed(request: Request) -> Decision {
     match request {
-        Request::Stop | Request::Kill | Request::Delete { .. } => Decision::AlreadyThere,
+        Request::Stop | Request::Kill | Request::Delete { purge: false, .. } => {
+            Decision::AlreadyThere
+        }
+        Request::Delete { purge: true, .. } => Decision::Run(Action::Purge),
         Request::Undelete => Decision::Run(Action::Undelete),
         Request::Start
         | Request::Restart
@@ -359,7 +359,11 @@ mod tests {
         phases
     }
 
-    const REQUESTS: [Request; 12] = [
+    const fn delete(force: bool, purge: bool) -> Request {
+        Request::Delete { force, purge }
+    }
+
+    const REQUESTS: [Request; 14] = [
         Request::Start,
         Request::Stop,
         Request::Kill,
@@ -369,8 +373,10 @@ mod tests {
         Request::Set { live: false },
         Request::Set { live: true },
         Request::Reset,
-        Request::Delete { force: false },
-        Request::Delete { force: true },
+        delete(false, false),
+        delete(true, false),
+        delete(false, true),
+        delete(true, true),
         Request::Undelete,
     ];
 
@@ -400,7 +406,8 @@ mod tests {
             [
                 Request::Kill,
                 Request::Set { live: true },
-                Request::Delete { force: true }
+                delete(true, false),
+                delete(true, true),
             ]
         );
     }
@@ -408,8 +415,10 @@ mod tests {
     #[test]
     fn a_live_vm_is_never_trashed_without_force() {
         for phase in phases().iter().filter(|p| p.is_live()) {
-            let decision = decide(Standing::Live(phase), Request::Delete { force: false });
-            assert_eq!(decision, Decision::Deny(Deny::NeedsForce), "{phase:?}");
+            for purge in [false, true] {
+                let decision = decide(Standing::Live(phase), delete(false, purge));
+                assert_eq!(decision, Decision::Deny(Deny::NeedsForce), "{phase:?}");
+            }
         }
     }
 
@@ -442,10 +451,19 @@ mod tests {
         );
     }
 
+    #[test]
+    fn what_is_in_the_trash_is_purged_only_when_that_is_said() {
+        for force in [false, true] {
+            let trashed = |purge| decide(Standing::Trashed, delete(force, purge));
+            assert_eq!(trashed(false), Decision::AlreadyThere);
+            assert_eq!(trashed(true), Decision::Run(Action::Purge));
+        }
+    }
+
     proptest! {
         /// What a verb leads to, asked for again, is no new work: stop after stop, start after start, …
         #[test]
-        fn asking_twice_does_nothing_twice(index in 0usize..10, request in 0usize..12) {
+        fn asking_twice_does_nothing_twice(index in 0usize..10, request in 0..REQUESTS.len()) {
             let request = REQUESTS[request];
             let settled = match request {
                 Request::Start => Phase::Running { ready: false, reachable: true },

@@ -51,9 +51,11 @@ struct State {
 /// A purge that spares whoever has left the trash, or came into it, after `until`.
 fn purge_from_trash(until: Timestamp) -> Ask {
     Ask {
-        purge: true,
         trashed_until: Some(until),
-        ..Ask::new(Request::Delete { force: false })
+        ..Ask::new(Request::Delete {
+            force: false,
+            purge: true,
+        })
     }
 }
 

@@ -1,5 +1,6 @@
 //! The actor of one VM: the only one that changes its phase.
 
+use super::deleting::Removal;
 use super::files::VmFiles;
 use super::link::{Commander, Link, LinkEvent};
 use super::start_plan::{StartError, Started, blocking};
@@ -65,8 +66,8 @@ pub(super) struct Starting {
     pub(super) cancellers: Vec<Reply>,
     /// Changes that are made when the start has ended.
     pub(super) changes: Vec<(Ask, Reply)>,
-    /// The cancelling request wants the VM in the trash afterwards.
-    pub(super) then: Option<Ask>,
+    /// The VM is deleted afterwards.
+    pub(super) then: Option<Removal>,
 }
 
 pub(super) struct Live {
@@ -355,11 +356,6 @@ impl Actor {
             answer_to(reply, Err(error));
             return;
         }
-        if trashed && ask.purge {
-            let answer = self.purge().await.map(|()| self.view.borrow().clone());
-            answer_to(reply, answer);
-            return;
-        }
         if matches!(ask.request, Request::Stop | Request::Kill) && !self.is_stopping_for_good() {
             self.going_down = ask.going_down;
         }
@@ -492,23 +488,28 @@ impl Actor {
                 let answer = self.undelete(ask.name).await;
                 answer_to(reply, answer.map(|()| self.view.borrow().clone()));
             }
-            Action::Trash => {
-                let answer = self.trash(ask.purge).await;
-                answer_to(reply, answer.map(|()| self.view.borrow().clone()));
-            }
-            Action::KillThenTrash => {
-                if let Run::Starting(_) = &self.run {
-                    self.cancel_start(reply, Some(ask));
-                    return;
-                }
-                self.forget_restart().await;
-                self.kill(Intent::Kill).await;
-                let answer = match self.run {
-                    Run::Idle => self.trash(ask.purge).await,
-                    Run::Starting(_) | Run::Live(_) => Err(self.undead()),
-                };
-                answer_to(reply, answer.map(|()| self.view.borrow().clone()));
-            }
+            Action::Trash => self.delete(Removal::Trash, reply).await,
+            Action::Purge => self.delete(Removal::Purge, reply).await,
+            Action::KillThenTrash => self.kill_then_delete(Removal::Trash, reply).await,
+            Action::KillThenPurge => self.kill_then_delete(Removal::Purge, reply).await,
+        }
+    }
+
+    async fn delete(&mut self, removal: Removal, reply: Reply) {
+        let answer = self.remove(removal).await;
+        answer_to(reply, answer.map(|()| self.view.borrow().clone()));
+    }
+
+    async fn kill_then_delete(&mut self, removal: Removal, reply: Reply) {
+        if let Run::Starting(_) = &self.run {
+            self.cancel_start(reply, Some(removal));
+            return;
+        }
+        self.forget_restart().await;
+        self.kill(Intent::Kill).await;
+        match self.run {
+            Run::Idle => self.delete(removal, reply).await,
+            Run::Starting(_) | Run::Live(_) => answer_to(reply, Err(self.undead())),
         }
     }
 

@@ -1,4 +1,4 @@
-//! The actor's part that puts a VM into the trash or removes it for ever.
+//! The actor's part that puts a VM into the trash or removes it for good.
 
 use super::actor::{Actor, Run};
 use super::files::lock_error;
@@ -12,11 +12,22 @@ use banger_core::phase::Desired;
 use banger_vmm::lock::{LockError, try_lock};
 use jiff::Timestamp;
 
+/// What becomes of a VM that is deleted. Where both were asked for, the greater one counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Removal {
+    Trash,
+    Purge,
+}
+
 impl Actor {
-    pub(super) async fn trash(&mut self, purge: bool) -> Result<(), ErrorBody> {
-        if purge {
-            return self.purge().await;
+    pub(super) async fn remove(&mut self, removal: Removal) -> Result<(), ErrorBody> {
+        match removal {
+            Removal::Trash => self.trash().await,
+            Removal::Purge => self.purge().await,
         }
+    }
+
+    async fn trash(&mut self) -> Result<(), ErrorBody> {
         point("delete", "record", Side::Before);
         self.change(|record| {
             record.trashed_at = Some(Timestamp::now());
@@ -55,7 +66,13 @@ impl Actor {
         // Held to the end: nothing starts on these disks, and nothing that lives loses them.
         let _lock = match (&self.run, try_lock(&self.files.lock())) {
             (Run::Starting(_) | Run::Live(_), _) => {
-                return Err(self.denied(Deny::Unreachable, Request::Delete { force: true }));
+                return Err(self.denied(
+                    Deny::Unreachable,
+                    Request::Delete {
+                        force: true,
+                        purge: true,
+                    },
+                ));
             }
             (Run::Idle, Ok(lock)) => Some(lock),
             (Run::Idle, Err(LockError::Io { .. })) if !self.files.folder.exists() => None,

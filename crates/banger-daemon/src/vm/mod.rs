@@ -86,8 +86,6 @@ pub(crate) struct Ask {
     pub(crate) storage: Option<(Storage, String)>,
     /// For [`Request::Undelete`]: the name from now on.
     pub(crate) name: Option<VmName>,
-    /// For [`Request::Delete`]: remove record and files for ever.
-    pub(crate) purge: bool,
     /// For a purge that nobody asked of this very VM: only if it has been in the trash since then or before.
     pub(crate) trashed_until: Option<Timestamp>,
     /// For [`Request::Pause`] and [`Request::Resume`]: asked by the daemon, because the host has no room, or has it
@@ -108,7 +106,6 @@ impl Ask {
             change: Change::default(),
             storage: None,
             name: None,
-            purge: false,
             trashed_until: None,
             for_room: false,
             going_down: None,

@@ -1,11 +1,12 @@
 //! The actor's part that starts a VM and takes a running one over.
 
+use super::AttemptFile;
 use super::actor::{Actor, Live, Reply, Run, Starting, reply_all};
+use super::deleting::Removal;
 use super::link::Link;
 use super::start_plan::{StartError, StartPlan, Started, Wish};
 use super::stop_reason::{Intent, or_going_down};
 use super::teardown::unwind;
-use super::{Ask, AttemptFile};
 use crate::convert;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::vm::BootTimes;
@@ -79,16 +80,12 @@ impl Actor {
         });
     }
 
-    pub(super) fn cancel_start(&mut self, reply: Reply, then: Option<Ask>) {
+    pub(super) fn cancel_start(&mut self, reply: Reply, then: Option<Removal>) {
         match &mut self.run {
             Run::Starting(starting) => {
                 starting.cancel.cancel();
                 starting.cancellers.push(reply);
-                // Of two requests to delete it, the one that purges counts.
-                let purges = starting.then.as_ref().is_some_and(|earlier| earlier.purge);
-                if !purges {
-                    starting.then = then.or(starting.then.take());
-                }
+                starting.then = starting.then.max(then);
             }
             Run::Idle | Run::Live(_) => self.answer(reply),
         }
@@ -216,8 +213,8 @@ impl Actor {
                 self.change_anyway(|record| record.desired = Desired::Off)
                     .await;
             }
-            let done = match (&self.run, &then) {
-                (Run::Idle, Some(ask)) => self.trash(ask.purge).await,
+            let done = match (&self.run, then) {
+                (Run::Idle, Some(removal)) => self.remove(removal).await,
                 (Run::Idle, None) => Ok(()),
                 (Run::Starting(_) | Run::Live(_), _) => Err(self.undead()),
             };
