@@ -18,7 +18,7 @@ use crate::registry::Registry;
 use crate::server::{self, App};
 use crate::storage::{StorageHost, watermark};
 use crate::store::{Opened, Store};
-use crate::vm::actor::{self, Found};
+use crate::vm::actor::Found;
 use crate::vm::files::{VmFiles, make_folder};
 use crate::world::{Programs, World};
 use crate::{keys, rescue, trash};
@@ -388,11 +388,9 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
             .images
             .pin_known(record.spec.image, record.spec.kernel, record.id);
         if at_rest.contains(&record.id) {
-            let (handle, _) = actor::spawn(Arc::clone(&world), record, Found::Stopped);
-            registry.add(handle);
+            registry.spawn(&world, record, Found::Stopped);
         } else {
-            let (handle, looked) = actor::spawn(Arc::clone(&world), record, Found::Unknown);
-            registry.add(handle);
+            let (_, looked) = registry.spawn(&world, record, Found::Unknown);
             recovered.push(looked);
         }
     }

@@ -26,6 +26,7 @@ use jiff::Timestamp;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 /// All VMs.
@@ -140,10 +141,31 @@ impl Registry {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a VM that is there already.
-    pub(crate) fn add(&self, handle: Handle) {
+    /// Starts the actor of a VM and adds it, until it is purged. The receiver resolves as that of [`actor::spawn`].
+    pub(crate) fn spawn(
+        self: &Arc<Self>,
+        world: &Arc<World>,
+        record: VmRecord,
+        found: Found,
+    ) -> (Handle, oneshot::Receiver<()>) {
+        let (registry, id) = (Arc::downgrade(self), record.id);
+        let ended = move || {
+            if let Some(registry) = registry.upgrade() {
+                registry.forget(id);
+            }
+        };
+        let (handle, looked) = actor::spawn(Arc::clone(world), record, found, ended);
+        self.add(handle.clone());
+        (handle, looked)
+    }
+
+    fn add(&self, handle: Handle) {
         let mut state = self.state();
-        let record = Arc::clone(&handle.latest().record);
+        let View { record, purged, .. } = handle.latest();
+        if purged {
+            // Its actor went on with a purge, and has ended before it was added.
+            return;
+        }
         if let Some(key) = &record.idempotency_key {
             state.created.insert(key.clone(), handle.id);
         }
@@ -151,16 +173,10 @@ impl Registry {
         state.handles.insert(handle.id, handle);
     }
 
-    /// Forgets all VMs that were purged.
-    pub(crate) fn forget_purged(&self) {
+    fn forget(&self, id: VmId) {
         let mut state = self.state();
-        let state = &mut *state;
-        state
-            .handles
-            .retain(|_, handle| !handle.view.borrow().purged);
-        state
-            .created
-            .retain(|_, created| state.handles.contains_key(created));
+        state.handles.remove(&id);
+        state.created.retain(|_, created| *created != id);
     }
 
     /// All VMs that are there; those in the trash or those outside it.
@@ -388,9 +404,7 @@ impl Registry {
             let trashed_at = handle.view.borrow().record.trashed_at;
             trashed_at.is_some_and(|at| at <= until)
         });
-        let outcomes = each(old.collect(), purge_from_trash(until)).await;
-        self.forget_purged();
-        outcomes
+        each(old.collect(), purge_from_trash(until)).await
     }
 
     /// Whether a VM found no room that the trash holds: another filesystem may be full, or all of it not enough.
@@ -426,7 +440,6 @@ impl Registry {
             match handle.ask(purge.clone()).await {
                 Ok(_) => {
                     tracing::warn!(vm = %handle.id, %name, "removed from the trash: the disk needs the room");
-                    self.forget_purged();
                     return true;
                 }
                 Err(error) => {
@@ -592,8 +605,7 @@ impl Registry {
             format!("created as `{}`", record.name),
             None,
         );
-        let (handle, _) = actor::spawn(Arc::clone(world), record, Found::Stopped);
-        self.add(handle.clone());
+        let (handle, _) = self.spawn(world, record, Found::Stopped);
         drop(held);
         world.hub.publish(EventKind::VmChanged {
             vm: Box::new(convert::vm(world, &handle.latest())),

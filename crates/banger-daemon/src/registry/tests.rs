@@ -21,17 +21,39 @@ fn registry(vms: &[(&str, bool)]) -> Registry {
         let phase = Phase::Stopped {
             why: record.last_stop.clone(),
         };
-        let (_, view) = tokio::sync::watch::channel(View {
+        let view = View {
             record: Arc::new(record),
             phase,
             revision: 1,
             attempt: None,
             boot: None,
             purged: false,
-        });
-        registry.add(Handle::deaf(id, view));
+        };
+        add(&registry, view);
     }
     registry
+}
+
+fn add(registry: &Registry, view: View) {
+    let id = view.record.id;
+    let (_, view) = tokio::sync::watch::channel(view);
+    registry.add(Handle::deaf(id, view));
+}
+
+#[test]
+fn a_purged_vm_is_forgotten_also_when_its_actor_ended_before_it_was_added() {
+    let registry = registry(&[("fox", false), ("owl", true)]);
+    let owl = registry.find_trashed("owl").unwrap();
+    registry.state().created.insert("key".to_owned(), owl.id);
+    registry.forget(owl.id);
+    let purged = View {
+        purged: true,
+        ..owl.latest()
+    };
+    add(&registry, purged);
+    let state = registry.state();
+    assert_eq!(state.handles.len(), 1);
+    assert!(state.created.is_empty());
 }
 
 #[test]

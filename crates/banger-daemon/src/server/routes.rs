@@ -308,11 +308,7 @@ async fn set_vm(call: Call<SetVm>) -> Result<Vm, ErrorBody> {
 
 async fn delete_vm(call: Call<DeleteVm>) -> Result<Vm, ErrorBody> {
     let DeleteVm { force, purge } = call.request;
-    let deleted = ask(&call, Ask::new(Request::Delete { force, purge })).await;
-    if purge {
-        call.app.registry.forget_purged();
-    }
-    deleted
+    ask(&call, Ask::new(Request::Delete { force, purge })).await
 }
 
 async fn wait(call: Call<WaitVm>) -> Result<Vm, ErrorBody> {

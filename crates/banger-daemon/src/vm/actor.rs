@@ -181,13 +181,14 @@ pub(crate) enum Found {
     Unknown,
 }
 
-/// Starts the actor of a VM.
+/// Starts the actor of a VM; `ended` is called when it ends, which it does when the VM is purged.
 ///
 /// The receiver resolves once the actor has looked at what an earlier daemon left.
 pub(crate) fn spawn(
     world: Arc<World>,
     record: VmRecord,
     found: Found,
+    ended: impl FnOnce() + Send + 'static,
 ) -> (Handle, oneshot::Receiver<()>) {
     let id = record.id;
     let record = Arc::new(record);
@@ -216,7 +217,10 @@ pub(crate) fn spawn(
         going_down: None,
     };
     let (looked, recovered) = oneshot::channel();
-    tokio::spawn(actor.live(inbox, found, looked));
+    tokio::spawn(async move {
+        actor.live(inbox, found, looked).await;
+        ended();
+    });
     let handle = Handle {
         id,
         inbox: sender,
