@@ -1,6 +1,8 @@
 //! All VMs: who has which name, address, port of the host and idempotency key, and what is asked of several at once,
 //! of the trash above all.
 
+mod reserve;
+
 use crate::images::find;
 use crate::keys;
 use crate::record::VmRecord;
@@ -23,6 +25,7 @@ use banger_core::watermark::trash_would_do;
 use banger_core::words::free_name;
 use banger_host::storage::{allocated, space};
 use jiff::Timestamp;
+use reserve::{HeldName, HeldPorts, Reservation};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -83,57 +86,6 @@ pub(crate) async fn each(handles: Vec<Handle>, ask: Ask) -> Vec<Outcome> {
     }
     outcomes.sort_by(|one, other| one.name.cmp(&other.name));
     outcomes
-}
-
-/// A name that nobody else may take, until it is dropped.
-struct HeldName {
-    registry: Arc<Registry>,
-    name: VmName,
-}
-
-impl Drop for HeldName {
-    fn drop(&mut self) {
-        self.registry.state().reserved_names.remove(&self.name);
-    }
-}
-
-/// Places of the host that no other VM may take, until it is dropped.
-struct HeldPorts {
-    registry: Arc<Registry>,
-    own: VmId,
-    ports: BTreeSet<PublishedPort>,
-}
-
-impl Drop for HeldPorts {
-    fn drop(&mut self) {
-        let mut state = self.registry.state();
-        for port in &self.ports {
-            let held = |(own, held): &(VmId, PublishedPort)| (*own, held) == (self.own, port);
-            // One alone: two requests may hold the same.
-            if let Some(found) = state.reserved_ports.iter().position(held) {
-                state.reserved_ports.swap_remove(found);
-            }
-        }
-    }
-}
-
-/// A name and an address, given back unless a VM took them.
-struct Reservation {
-    registry: Arc<Registry>,
-    key: Option<String>,
-    name: VmName,
-    address: Ipv4Addr,
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        let mut state = self.registry.state();
-        state.reserved_names.remove(&self.name);
-        if let Some(key) = &self.key {
-            state.reserved_keys.remove(key);
-        }
-        state.reserved_addresses.remove(&self.address);
-    }
 }
 
 impl Registry {
