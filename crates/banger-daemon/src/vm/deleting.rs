@@ -2,7 +2,7 @@
 
 use super::actor::{Actor, Run};
 use super::files::lock_error;
-use super::teardown::{close_storage, release_port};
+use super::teardown::{Disks, Problem, release_host_objects};
 use crate::crash::{Side, point};
 use crate::images::store_error;
 use banger_api::error::{ErrorBody, ErrorCode};
@@ -90,11 +90,10 @@ impl Actor {
             self.publish(|_| {});
         }
         point("delete", "promise", Side::After);
-        if let Some(problem) = close_storage(&self.world, &self.record, "delete").await {
-            return Err(self.left_on_the_host("storage", "detached", problem));
-        }
-        if let Some(problem) = release_port(&self.world, self.record.id, "delete").await {
-            return Err(self.left_on_the_host("port", "removed", problem));
+        let problems =
+            release_host_objects(&self.world, &self.record, "delete", Disks::Unwritten).await;
+        if !problems.is_empty() {
+            return Err(self.left_on_the_host(&problems));
         }
         self.clear_run("delete").await;
         point("delete", "unlink", Side::Before);
@@ -123,10 +122,10 @@ impl Actor {
 
 impl Actor {
     /// Without its record nobody would know whose it is.
-    fn left_on_the_host(&self, what: &str, done: &str, problem: String) -> ErrorBody {
-        let message = format!("the {what} of `{}` cannot be {done}", self.record.name);
+    fn left_on_the_host(&self, problems: &[Problem]) -> ErrorBody {
+        let message = format!("cannot remove VM `{}` from the host", self.record.name);
         let mut error = ErrorBody::new(ErrorCode::Internal, message);
-        error.causes.push(problem);
+        error.causes.extend(problems.iter().map(Problem::to_string));
         error.hint(
             "`banger host ls` shows what is left on the host; repeat the command when it is free",
         )

@@ -3,7 +3,7 @@
 use super::actor::{Actor, LOOK_AGAIN, Reply, Run, Stopping, reply_all};
 use super::start_plan::reap;
 use super::stop_reason::{Intent, or_going_down, reason};
-use super::teardown::{clear_run, close_storage, end_processes, release_port, sync_disks};
+use super::teardown::{Disks, clear_run, end_processes, release_host_objects};
 use crate::crash::{Side, point};
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_core::decide::{Deny, Request};
@@ -226,11 +226,7 @@ impl Actor {
             other => other,
         };
         let why = or_going_down(reason(intent, exit.as_ref()), self.going_down);
-        close_storage(&self.world, &self.record, "stop").await;
-        point("stop", "sync", Side::Before);
-        sync_disks(&self.files).await;
-        point("stop", "sync", Side::After);
-        release_port(&self.world, self.record.id, "stop").await;
+        self.release_host_objects("stop", Disks::Written).await;
         let off = match &why {
             StopReason::Asked | StopReason::AskedThenForced | StopReason::Killed => {
                 then_start.is_empty()
@@ -254,6 +250,12 @@ impl Actor {
         reply_all(waiters, &Ok(self.view.borrow().clone()));
         if !then_start.is_empty() {
             self.start(then_start).await;
+        }
+    }
+
+    pub(super) async fn release_host_objects(&mut self, verb: &'static str, disks: Disks) {
+        for problem in release_host_objects(&self.world, &self.record, verb, disks).await {
+            self.note(verb, problem.to_string(), None);
         }
     }
 

@@ -3,7 +3,7 @@
 use super::actor::{Actor, Live, Run};
 use super::link::Link;
 use super::stop_reason::{Intent, reason};
-use super::teardown::{close_storage, release_port, sync_disks};
+use super::teardown::Disks;
 use super::{Ask, AttemptFile};
 use banger_core::decide::{Action, Decision, Request, Standing, decide};
 use banger_core::phase::{Desired, StopReason};
@@ -141,15 +141,12 @@ impl Actor {
                 None if attempt.boot_id != self.world.boot_id => StopReason::HostRebooted,
                 None => StopReason::Unknown,
             };
-            close_storage(&self.world, &self.record, "recover").await;
-            sync_disks(&self.files).await;
-            release_port(&self.world, self.record.id, "recover").await;
+            self.release_host_objects("recover", Disks::Written).await;
             let off = why == StopReason::GuestPoweroff;
             self.note("recover", format!("found stopped: {why}"), None);
             self.stopped(why, off, Some(attempt.attempt)).await;
         } else {
-            close_storage(&self.world, &self.record, "recover").await;
-            release_port(&self.world, self.record.id, "recover").await;
+            self.release_host_objects("recover", Disks::Unwritten).await;
         }
         self.clear_run("recover").await;
     }

@@ -6,7 +6,7 @@ use super::deleting::Removal;
 use super::link::Link;
 use super::start_plan::{StartError, StartPlan, Started, Wish};
 use super::stop_reason::{Intent, or_going_down};
-use super::teardown::unwind;
+use super::teardown::{Problem, unwind};
 use crate::convert;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::vm::BootTimes;
@@ -174,7 +174,7 @@ impl Actor {
                 let mut error = error;
                 match unwound {
                     Ok(problems) => {
-                        error.causes.extend(problems);
+                        error.causes.extend(problems.iter().map(Problem::to_string));
                         let off = cancelled && going_down.is_none();
                         self.stopped(why, off || unstored, None).await;
                         self.clear_run("unwind").await;

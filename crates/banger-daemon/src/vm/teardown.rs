@@ -1,5 +1,5 @@
-//! Total teardown: everything on the host that carries a VM's id goes. It is idempotent, goes on after errors, and
-//! needs no write to succeed, so it works on a full disk.
+//! What takes down what a VM has on the host: its processes, its storage and its port, and last its `run/` folder. All of
+//! it can be repeated, goes on after errors, and needs no write to succeed, so it works on a full disk.
 
 use super::files::VmFiles;
 use crate::crash::{Side, point};
@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 /// How long killed processes may take to be gone.
 const DEATH: Duration = Duration::from_secs(10);
 
-/// Ends every process that holds the VM's lock: SIGTERM where that is heard, at most `grace` to follow it, then SIGKILL. Answers the
-/// lock, taken. Blocks.
+/// Ends every process that holds the VM's lock: SIGTERM where that is heard, at most `grace` to follow it, then SIGKILL.
+/// Answers the lock, taken. Blocks.
 pub(crate) fn end_processes(lock: &Path, grace: Duration) -> Result<Locked, LockError> {
     let free = try_lock(lock);
     if !matches!(free, Err(LockError::Held(_))) {
@@ -58,18 +58,60 @@ fn signal_all(lock: &Path, signal: impl Fn(i32) -> Signal) {
 pub(super) async fn unwind(
     world: &Arc<World>,
     record: &VmRecord,
-) -> Result<Vec<String>, LockError> {
+) -> Result<Vec<Problem>, LockError> {
     let lock = VmFiles::of(&world.paths, record.id).lock();
     let path = lock.clone();
     let ended = tokio::task::spawn_blocking(move || end_processes(&path, Duration::ZERO));
     let _lock = ended.await.unwrap_or_else(|_| Err(LockError::Held(lock)))?;
-    let closed = close_storage(world, record, "unwind").await;
-    let released = release_port(world, record.id, "unwind").await;
-    Ok(closed.into_iter().chain(released).collect())
+    Ok(release_host_objects(world, record, "unwind", Disks::Unwritten).await)
+}
+
+/// Whether a guest may have written to the VM's disks since they were last made durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Disks {
+    Written,
+    Unwritten,
+}
+
+/// Something of a dead VM that stays on the host.
+#[derive(Debug, thiserror::Error)]
+#[error("its {object} cannot be {removal}: {why}")]
+pub(crate) struct Problem {
+    object: &'static str,
+    removal: &'static str,
+    why: String,
+}
+
+/// Releases what a dead VM has on the host outside of its folder, its lock being held: detaches its storage, makes
+/// written disks durable, removes its port. Answers what could not be done; the rest is done all the same.
+pub(crate) async fn release_host_objects(
+    world: &Arc<World>,
+    record: &VmRecord,
+    verb: &'static str,
+    disks: Disks,
+) -> Vec<Problem> {
+    let closed = close_storage(world, record, verb).await;
+    if disks == Disks::Written {
+        point(verb, "sync", Side::Before);
+        sync_disks(&VmFiles::of(&world.paths, record.id)).await;
+        point(verb, "sync", Side::After);
+    }
+    let released = release_port(world, record.id, verb).await;
+    let detached = closed.map(|why| Problem {
+        object: "storage",
+        removal: "detached",
+        why,
+    });
+    let removed = released.map(|why| Problem {
+        object: "port",
+        removal: "removed",
+        why,
+    });
+    detached.into_iter().chain(removed).collect()
 }
 
 /// Removes a dead VM's port of the bridge. Answers what could not be removed.
-pub(crate) async fn release_port(world: &World, id: VmId, verb: &'static str) -> Option<String> {
+async fn release_port(world: &World, id: VmId, verb: &'static str) -> Option<String> {
     point(verb, "release-port", Side::Before);
     let released = world.network.release(id.tap_name()).await;
     point(verb, "release-port", Side::After);
@@ -120,7 +162,7 @@ pub(crate) async fn clear_run(world: &World, id: VmId, verb: &'static str) -> Op
 }
 
 /// Makes what the guest wrote durable.
-pub(crate) async fn sync_disks(files: &VmFiles) {
+async fn sync_disks(files: &VmFiles) {
     let paths = [files.overlay(), files.disk()];
     let synced = tokio::task::spawn_blocking(move || {
         for path in paths.iter().filter(|path| path.exists()) {
