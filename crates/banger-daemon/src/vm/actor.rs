@@ -267,7 +267,7 @@ impl Actor {
                 Incoming::Started(outcome) => Box::pin(self.started(outcome)).await,
                 Incoming::Link(event) => Box::pin(self.link_event(event)).await,
                 Incoming::Deadline => Box::pin(self.escalate()).await,
-                Incoming::LockFree => Box::pin(self.ended(None, Intent::None)).await,
+                Incoming::LockFree => Box::pin(self.end(None, Intent::None)).await,
                 Incoming::LookAgain => Box::pin(self.look_again()).await,
                 Incoming::Closed => return,
             }
@@ -429,7 +429,7 @@ impl Actor {
             Action::Kill => {
                 self.kill(Intent::Kill).await;
                 let answer = match self.run {
-                    Run::Live(_) => Err(self.undead()),
+                    Run::Live(_) => Err(self.still_alive_error()),
                     Run::Idle | Run::Starting(_) => Ok(self.view.borrow().clone()),
                 };
                 answer_to(reply, answer);
@@ -448,7 +448,7 @@ impl Actor {
                     (Verb::Pause, PausedBy::Person)
                 };
                 let done = self.command(verb, ask.request).await;
-                self.paused(done, Phase::Paused { by }, reply);
+                self.publish_phase(done, Phase::Paused { by }, reply);
             }
             Action::Resume => {
                 let by_full_disk = watermark::is_paused_for_room(&self.view.borrow().phase);
@@ -466,7 +466,7 @@ impl Actor {
                 let done = self.command(Verb::Resume, ask.request).await;
                 let goes_on = done.is_ok();
                 let ready = self.is_ready();
-                self.paused(
+                self.publish_phase(
                     done,
                     Phase::Running {
                         ready,
@@ -513,11 +513,11 @@ impl Actor {
         self.kill(Intent::Kill).await;
         match self.run {
             Run::Idle => self.delete(removal, reply).await,
-            Run::Starting(_) | Run::Live(_) => answer_to(reply, Err(self.undead())),
+            Run::Starting(_) | Run::Live(_) => answer_to(reply, Err(self.still_alive_error())),
         }
     }
 
-    fn paused(&self, done: Result<(), ErrorBody>, phase: Phase, reply: Reply) {
+    fn publish_phase(&self, done: Result<(), ErrorBody>, phase: Phase, reply: Reply) {
         match done {
             Ok(()) => {
                 self.note("phase", phase.name(), None);
@@ -554,11 +554,11 @@ impl Actor {
 
     async fn link_event(&mut self, event: LinkEvent) {
         match event {
-            LinkEvent::Status(status) => self.status(status),
+            LinkEvent::Status(status) => self.apply_status(status),
             LinkEvent::GuestWarning(text) => {
                 self.note("guest", format!("warns: {}", text.escape_debug()), None)
             }
-            LinkEvent::Exited(exit) => self.ended(Some(exit), Intent::None).await,
+            LinkEvent::Exited(exit) => self.end(Some(exit), Intent::None).await,
             LinkEvent::Closed => self.link_closed().await,
         }
     }
@@ -584,7 +584,7 @@ impl Actor {
         }
     }
 
-    pub(super) fn undead(&self) -> ErrorBody {
+    pub(super) fn still_alive_error(&self) -> ErrorBody {
         let name = &self.record.name;
         ErrorBody::new(
             ErrorCode::Unreachable,

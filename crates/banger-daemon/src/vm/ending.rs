@@ -37,7 +37,7 @@ impl Actor {
             wait_free(&path, Instant::now() + Duration::from_millis(500))
         });
         match free.await {
-            Ok(Ok(_)) => self.ended(None, Intent::None).await,
+            Ok(Ok(_)) => self.end(None, Intent::None).await,
             // Only a free lock means dead.
             Ok(Err(_)) | Err(_) => {
                 self.note(
@@ -147,11 +147,11 @@ impl Actor {
 
     /// Ends all processes of the VM, whatever state they are in.
     pub(super) async fn kill(&mut self, intent: Intent) {
-        self.ended(None, intent).await;
+        self.end(None, intent).await;
     }
 
     /// The VMM has ended, or is to be ended now: cleans up, and says why the VM is stopped.
-    pub(super) async fn ended(&mut self, exit: Option<Exit>, intent: Intent) {
+    pub(super) async fn end(&mut self, exit: Option<Exit>, intent: Intent) {
         let Run::Live(live) = &mut self.run else {
             return;
         };
@@ -243,7 +243,7 @@ impl Actor {
             | StopReason::HostShutDown
             | StopReason::Unknown => false,
         };
-        self.stopped(why, off, Some(attempt)).await;
+        self.record_stopped(why, off, Some(attempt)).await;
         // Last: until the reason is recorded, it is what a crash would leave to tell it.
         self.clear_run("stop").await;
         drop(lock);
@@ -264,7 +264,12 @@ impl Actor {
     }
 
     /// Records that the VM is stopped, and why; `attempt` is the run that ended.
-    pub(super) async fn stopped(&mut self, why: StopReason, off: bool, attempt: Option<String>) {
+    pub(super) async fn record_stopped(
+        &mut self,
+        why: StopReason,
+        off: bool,
+        attempt: Option<String>,
+    ) {
         let boot = self.view.borrow().boot.clone();
         let ran = attempt.is_some();
         point("stop", "record", Side::Before);

@@ -144,7 +144,7 @@ impl Actor {
             self.release_host_objects("recover", Disks::Written).await;
             let off = why == StopReason::GuestPoweroff;
             self.note("recover", format!("found stopped: {why}"), None);
-            self.stopped(why, off, Some(attempt.attempt)).await;
+            self.record_stopped(why, off, Some(attempt.attempt)).await;
         } else {
             self.release_host_objects("recover", Disks::Unwritten).await;
         }

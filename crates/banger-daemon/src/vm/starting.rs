@@ -176,7 +176,7 @@ impl Actor {
                     Ok(problems) => {
                         error.causes.extend(problems.iter().map(Problem::to_string));
                         let off = cancelled && going_down.is_none();
-                        self.stopped(why, off || unstored, None).await;
+                        self.record_stopped(why, off || unstored, None).await;
                         self.clear_run("unwind").await;
                     }
                     Err(alive) => {
@@ -216,7 +216,7 @@ impl Actor {
             let done = match (&self.run, then) {
                 (Run::Idle, Some(removal)) => self.remove(removal).await,
                 (Run::Idle, None) => Ok(()),
-                (Run::Starting(_) | Run::Live(_), _) => Err(self.undead()),
+                (Run::Starting(_) | Run::Live(_), _) => Err(self.still_alive_error()),
             };
             self.publish(|_| {});
             reply_all(cancellers, &done.map(|()| self.view.borrow().clone()));
@@ -259,11 +259,11 @@ impl Actor {
             stopping: None,
             lock_free: None,
         }));
-        self.status(status);
+        self.apply_status(status);
     }
 
     /// Derives phase, attempt and boot times from what the shim says.
-    pub(super) fn status(&mut self, status: Status) {
+    pub(super) fn apply_status(&mut self, status: Status) {
         let Run::Live(live) = &mut self.run else {
             return;
         };
