@@ -381,7 +381,7 @@ impl Actor {
                 if let Run::Starting(starting) = &mut self.run {
                     starting.starters.push(reply);
                 } else if self.run.stopping().is_some() {
-                    // The latest wish is that it stops and stays so.
+                    // The latest request is that it stops and stays so.
                     self.forget_restart().await;
                     if let Some(stopping) = self.run.stopping() {
                         stopping.waiters.push(reply);

@@ -40,22 +40,13 @@ pub(super) struct StartError {
     pub(super) cancelled: bool,
 }
 
-/// Whether the row says already that the VM is to run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Wish {
-    /// It does.
-    Stored,
-    /// It is stored while the first steps are done: nothing runs, and nobody is answered, before it is durable.
-    New,
-}
-
 /// What a start works on.
 pub(super) struct StartPlan {
     pub(super) world: Arc<World>,
     /// As it is once [`StartPlan::run`] has stored it.
     pub(super) record: Arc<VmRecord>,
-    /// Whether it is to be stored: the wish that the VM runs is a new one.
-    pub(super) wish: Wish,
+    /// The VM was not to run until now: nothing runs, and nobody is answered, before the row says that it is.
+    pub(super) desired_is_new: bool,
     pub(super) asked_at: Instant,
     pub(super) steps: watch::Sender<StartStep>,
     pub(super) cancel: CancellationToken,
@@ -75,7 +66,7 @@ impl StartPlan {
         // The three wait for different things: the disk, the network's actor, files. Each is waited for, also after
         // another has failed, so that a teardown meets nothing half done.
         let (stored, lease, boot) = tokio::join!(
-            self.store_wish(),
+            self.store_desired(),
             self.step(StartStep::LeasePort, self.lease_port()),
             async {
                 let opened = self.step(StartStep::OpenFiles, self.open_files()).await?;
@@ -139,9 +130,9 @@ impl StartPlan {
         })
     }
 
-    /// Makes the wish that the VM runs durable.
-    async fn store_wish(&self) -> Result<(), StartError> {
-        if self.wish == Wish::Stored {
+    /// Makes it durable that the VM is to run.
+    async fn store_desired(&self) -> Result<(), StartError> {
+        if !self.desired_is_new {
             return Ok(());
         }
         point("start", "desired", Side::Before);

@@ -4,7 +4,7 @@ use super::AttemptFile;
 use super::actor::{Actor, Live, Reply, Run, Starting, reply_all};
 use super::deleting::Removal;
 use super::link::Link;
-use super::start_plan::{StartError, StartPlan, Started, Wish};
+use super::start_plan::{StartError, StartPlan, Started};
 use super::stop_reason::{Intent, or_going_down};
 use super::teardown::{Problem, unwind};
 use crate::convert;
@@ -41,23 +41,20 @@ impl Actor {
             return;
         }
         let before = Arc::clone(&self.record);
-        let wish = match self.record.desired {
-            Desired::On => Wish::Stored,
-            Desired::Off => {
-                let mut record = (*self.record).clone();
-                record.desired = Desired::On;
-                record.record_version += 1;
-                self.record = Arc::new(record);
-                Wish::New
-            }
-        };
+        let desired_is_new = self.record.desired == Desired::Off;
+        if desired_is_new {
+            let mut record = (*self.record).clone();
+            record.desired = Desired::On;
+            record.record_version += 1;
+            self.record = Arc::new(record);
+        }
         self.note("start", "asked", None);
         let (steps, receiver) = watch::channel(StartStep::TakeLock);
         let cancel = CancellationToken::new();
         let plan = StartPlan {
             world: Arc::clone(&self.world),
             record: Arc::clone(&self.record),
-            wish,
+            desired_is_new,
             asked_at,
             steps,
             cancel: cancel.clone(),
