@@ -1,4 +1,5 @@
-//! The network: one actor owns the instance's namespace and what it has on the host. VM actors hold leases of ports.
+//! The network: one actor owns the instance's namespace and what it has on the host. The plan of a VM's start gets
+//! descriptors for its shim.
 //!
 //! ```text
 //!   VM actors --PortPlan--> actor --NamespaceOp--> keeper (in the namespace)

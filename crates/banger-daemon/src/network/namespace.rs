@@ -6,11 +6,16 @@ use banger_api::daemon::Mode;
 use banger_core::publish::Protocol;
 use banger_host::net::keeper::{Keeper, KeeperError};
 use banger_host::op::{NamespaceAnswer, NamespaceOp, PortState, Publication, PublicationState};
+use banger_vmm::process;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
+
+/// How long an unused keeper may take to end.
+const GONE_LIMIT: Duration = Duration::from_secs(2);
 
 /// What a keeper of an earlier version says to an operation that it does not know.
 const NOT_KNOWN: &str = "the request is not understood";
@@ -248,11 +253,17 @@ pub(super) fn join(
     Namespace::open(keeper)
 }
 
-/// Waits until the keeper no longer answers, for at most two seconds.
+/// Waits until the keeper's process has ended, for at most two seconds.
 pub(super) fn wait_gone(keeper: &Keeper) {
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(2);
-    while std::time::Instant::now() < deadline && keeper.request(NamespaceOp::Hello).is_ok() {
-        std::thread::sleep(std::time::Duration::from_millis(5));
+    // One that does not answer, or has no process any more, is gone already.
+    let Ok((NamespaceAnswer::Hello { pid, .. }, _)) = keeper.request(NamespaceOp::Hello) else {
+        return;
+    };
+    let Ok(pidfd) = process::open(pid) else {
+        return;
+    };
+    if !process::wait_any(&[pidfd], GONE_LIMIT).unwrap_or(false) {
+        tracing::warn!(pid, "the keeper of the unused namespace has not ended yet");
     }
 }
 
