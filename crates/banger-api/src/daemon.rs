@@ -57,7 +57,7 @@ pub struct DaemonStatus {
     pub live: usize,
     /// Where its state is.
     pub state_dir: String,
-    /// What it found and mended when it started.
+    /// What it found and repaired when it started.
     pub notices: Vec<String>,
 }
 

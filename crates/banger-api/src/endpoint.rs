@@ -134,7 +134,7 @@ endpoints! {
     /// Bring VMs back to what is desired.
     PostRestore: "POST" "/v1/restore", "vm.restore", Json, RestoreVms => Vec<Outcome>, "Start all stopped VMs that are to run";
     /// Empty the trash.
-    PostTrashEmpty: "POST" "/v1/trash/empty", "trash.empty", Json, Nothing => Vec<Outcome>, "Remove all VMs in the trash for ever";
+    PostTrashEmpty: "POST" "/v1/trash/empty", "trash.empty", Json, Nothing => Vec<Outcome>, "Remove all VMs in the trash permanently";
     /// Show the network.
     GetNetwork: "GET" "/v1/network", "network.show", Json, Nothing => NetworkStatus, "Show NAT, published ports and joins";
     /// Show the names.

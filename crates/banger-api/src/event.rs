@@ -76,7 +76,7 @@ pub enum EventKind {
         /// The VM as it now is.
         vm: Box<Vm>,
     },
-    /// A VM's record and files are gone for ever.
+    /// A VM's record and files were removed permanently.
     VmPurged {
         /// Its id.
         id: banger_core::id::VmId,

@@ -175,7 +175,7 @@ pub struct StopVm {
 pub struct DeleteVm {
     /// Kill it first if it is live.
     pub force: bool,
-    /// Remove record and files for ever instead of keeping them as trash.
+    /// Remove record and files permanently instead of keeping them as trash.
     pub purge: bool,
 }
 

@@ -47,7 +47,7 @@ macro_rules! id_type {
 }
 
 id_type!(
-    /// Identifies a VM for ever.
+    /// Identifies a VM permanently.
     VmId
 );
 id_type!(

@@ -305,8 +305,7 @@ fn pasta(program: &std::path::Path) -> Check {
             "pasta",
             Verdict::Note,
             format!(
-                "{version}: those of 2023 and before often do not tell a guest that has ended its own side that the \
-                 other side has ended too"
+                "{version}: releases up to 2023 may leave half-closed TCP connections of guests hanging"
             ),
             Some(
                 "install a newer `passt` (Debian 13 has one), or give guests another way out: `make install` as root \

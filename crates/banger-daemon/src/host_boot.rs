@@ -1,4 +1,4 @@
-//! Whether VMs come back with the host and are stopped in order before it goes: what `doctor` says of the user unit.
+//! Whether VMs come back with the host and are shut down cleanly before it goes down: what `doctor` says of the user unit.
 
 use banger_api::daemon::{Check, Verdict};
 use banger_api::paths::{Env as _, ProcessEnv};
@@ -91,7 +91,7 @@ fn judge(facts: Facts) -> Check {
         Facts { linger: Some(true), .. } => Check {
             subject: SUBJECT.to_owned(),
             verdict: Verdict::Good,
-            message: "VMs with autostart come back with the host, and are stopped in order before it goes".to_owned(),
+            message: "VMs with autostart start with the host, and all are shut down cleanly before it goes down".to_owned(),
             hint: None,
         },
     }

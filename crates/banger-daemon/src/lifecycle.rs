@@ -281,7 +281,7 @@ fn programs() -> Result<Programs, ErrorBody> {
 async fn build(paths: &Paths) -> Result<App, ErrorBody> {
     let config = Config::load(&paths.config_file()).map_err(|error| {
         ErrorBody::from_error(ErrorCode::InvalidRequest, &error)
-            .hint("mend the file, or remove it for the defaults")
+            .hint("fix the file, or remove it for the defaults")
     })?;
     let programs = programs()?;
     let internal = |error: &(dyn std::error::Error + 'static)| {

@@ -44,7 +44,7 @@ pub(crate) struct VmRecord {
     pub(crate) boot: Option<BootTimes>,
     pub(crate) created_at: Timestamp,
     pub(crate) trashed_at: Option<Timestamp>,
-    /// Its files are being removed for ever.
+    /// Its files are being removed permanently.
     pub(crate) purging: bool,
     /// The key under which it was created, so that a repeated request finds it.
     pub(crate) idempotency_key: Option<String>,

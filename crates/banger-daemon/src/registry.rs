@@ -350,7 +350,7 @@ impl Registry {
         each(stopped.collect(), Ask::new(Request::Start)).await
     }
 
-    /// Removes all VMs for ever that have been in the trash since `until` or before.
+    /// Removes all VMs permanently that have been in the trash since `until` or before.
     pub(crate) async fn empty_trash(&self, until: Timestamp) -> Vec<Outcome> {
         let old = self.list(true).into_iter().filter(|handle| {
             let trashed_at = handle.view.borrow().record.trashed_at;

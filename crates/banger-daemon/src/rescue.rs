@@ -20,7 +20,7 @@ fn names(folder: &Path) -> Vec<String> {
         .collect()
 }
 
-/// Brings rows and folders together. Answers all VMs, images and kernels, and tells what it mended in `notices`.
+/// Makes rows and folders agree. Answers all VMs, images and kernels, and reports what it repaired in `notices`.
 pub(crate) async fn reconcile(
     paths: &Paths,
     store: &Store,
@@ -86,7 +86,7 @@ async fn reconcile_vms(
             }
             (Ok(mirror), Some(row)) if mirror.record_version > row.record_version => {
                 notices.push(format!(
-                    "VM `{}`: its folder knew more than the database",
+                    "VM `{}`: its vm.json was newer than the database; the database was updated",
                     mirror.name
                 ));
                 newer.push(mirror);

@@ -1,4 +1,4 @@
-//! VMs in the trash are removed for ever when their time is over. Those that must go earlier, because the disk has no
+//! VMs in the trash are removed for good when their time is over. Those that must go earlier, because the disk has no
 //! room left, go by [`crate::registry::Registry::give_way`].
 
 use crate::server::App;
@@ -28,7 +28,7 @@ pub(crate) async fn keep_emptying(app: App) {
         if before_that.is_some_and(|last| was_set(last, look)) {
             // What is in the trash may seem to be there for years.
             tracing::info!(
-                "the clock was set: nothing leaves the trash by itself for as long as it is to be kept"
+                "the clock was changed: the trash is not emptied automatically for one full keep period"
             );
             set = Some(look.wall);
             let noted =

@@ -48,7 +48,7 @@ pub(crate) struct World {
     pub(crate) boot_id: String,
     pub(crate) build: String,
     pub(crate) started_at: Timestamp,
-    /// What was found and mended at start-up.
+    /// What was found and repaired at start-up.
     pub(crate) notices: Vec<String>,
     /// All VMs are being stopped: none may start.
     pub(crate) draining: AtomicBool,

@@ -159,7 +159,7 @@ fn an_old_database_put_back_loses_no_vm_and_no_change() {
     assert_eq!(facts, BTreeSet::from(wanted));
     assert_eq!(env.vm("ant")["spec"]["memory_mib"], 333);
     let status = env.ok(&["daemon", "status"]);
-    assert!(status.contains("knew more than the database"), "{status}");
+    assert!(status.contains("was newer than the database"), "{status}");
 }
 
 #[test]
@@ -246,7 +246,7 @@ fn a_reset_that_was_promised_is_finished_by_a_start_or_told() {
     assert!(refused.status != 0, "{refused:?}");
     let why = env.ok(&["vm", "why", "otter"]);
     assert!(
-        why.contains("the overlay is not fresh as promised"),
+        why.contains("cannot finish the reset that was started earlier"),
         "{why}"
     );
 

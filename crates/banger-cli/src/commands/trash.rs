@@ -9,7 +9,7 @@ use crate::report::{Failure, Outcome, note};
 use banger_api::endpoint::{GetVms, Nothing, PostTrashEmpty};
 use banger_api::vm::ListVms;
 
-/// See VMs that were deleted, and remove them for ever
+/// See VMs that were deleted, and remove them permanently
 ///
 /// `banger vm undelete` brings one back. Those that have been there long enough are removed by themselves (`[trash] keep`
 /// in the settings).
@@ -27,7 +27,7 @@ pub(crate) struct ListArgs {
     output: OutputArgs,
 }
 
-/// Remove all VMs in the trash for ever, disks included
+/// Remove all VMs in the trash permanently, disks included
 ///
 /// Asks first on a terminal. `banger vm delete --purge NAME` removes a single one.
 #[derive(Debug, clap::Args)]
@@ -62,7 +62,7 @@ fn list(args: ListArgs) -> Outcome {
 
 fn empty(args: EmptyArgs) -> Outcome {
     args.confirm
-        .ask("This removes all VMs in the trash for ever, disks included.")?;
+        .ask("This removes all VMs in the trash permanently, disks included.")?;
     with_daemon(async |_, daemon| {
         let outcomes = daemon
             .client

@@ -344,7 +344,7 @@ async fn wait(call: Call<WaitVm>) -> Result<Vm, ErrorBody> {
     match waited {
         Ok(Ok(view)) if view.purged => Err(ErrorBody::new(
             ErrorCode::NotFound,
-            format!("the VM `{name}` was removed for ever"),
+            format!("the VM `{name}` was removed permanently"),
         )
         .hint("`banger vm list` shows those that are there")),
         Ok(Ok(view)) if !reached(&view) => {
@@ -361,8 +361,14 @@ async fn wait(call: Call<WaitVm>) -> Result<Vm, ErrorBody> {
             format!("the VM `{name}` is gone"),
         )),
         Err(_) => {
+            let wanted = match condition {
+                WaitFor::Ready => "ready",
+                WaitFor::Running => "running",
+                WaitFor::Stopped => "stopped",
+                WaitFor::Change => "changed",
+            };
             let message = format!(
-                "`{name}` did not get there within {} s; it is {}",
+                "VM `{name}` was not {wanted} within {} s; it is {}",
                 limit.as_secs_f32(),
                 handle.latest().phase.name()
             );

@@ -543,10 +543,11 @@ impl Actor {
             return Err(self.denied(Deny::Unreachable, request));
         };
         commander.send(verb).await.map_err(|why| {
-            let mut error = ErrorBody::new(
-                ErrorCode::Internal,
-                format!("the VMM of `{name}` did not do it"),
+            let message = format!(
+                "cannot {} VM `{name}`: its VMM did not obey",
+                request.verb()
             );
+            let mut error = ErrorBody::new(ErrorCode::Internal, message);
             error.causes.push(why);
             error
         })

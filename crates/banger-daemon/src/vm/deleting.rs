@@ -43,7 +43,7 @@ impl Actor {
     /// Brings it back from the trash, under `name` if there is one; whoever asks has made sure that it is free.
     pub(super) async fn undelete(&mut self, name: Option<VmName>) -> Result<(), ErrorBody> {
         if self.record.purging {
-            let message = format!("`{}` is being removed for ever", self.record.name);
+            let message = format!("`{}` is being removed permanently", self.record.name);
             return Err(ErrorBody::new(ErrorCode::WrongPhase, message)
                 .hint("its files may be gone already; it cannot come back"));
         }
@@ -61,7 +61,7 @@ impl Actor {
         Ok(())
     }
 
-    /// Removes record and files for ever: first the promise, then the files, then the row.
+    /// Removes record and files permanently: first the promise, then the files, then the row.
     pub(super) async fn purge(&mut self) -> Result<(), ErrorBody> {
         // Held to the end: nothing starts on these disks, and nothing that lives loses them.
         let _lock = match (&self.run, try_lock(&self.files.lock())) {

@@ -47,7 +47,7 @@ pub(crate) struct View {
     pub(crate) revision: u64,
     pub(crate) attempt: Option<Attempt>,
     pub(crate) boot: Option<BootTimes>,
-    /// Record and files are gone for ever.
+    /// Record and files were removed permanently.
     pub(crate) purged: bool,
 }
 

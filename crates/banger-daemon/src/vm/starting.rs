@@ -32,7 +32,10 @@ impl Actor {
         if self.record.reset_pending
             && let Err(error) = self.finish_promised_reset().await
         {
-            let why = format!("the overlay is not fresh as promised: {}", error.message);
+            let why = format!(
+                "cannot finish the reset that was started earlier: {}",
+                error.message
+            );
             self.note("start", why, None);
             if error.code == ErrorCode::Unreachable {
                 self.locked_by_another().await;

@@ -20,8 +20,8 @@ pub enum HostOpError {
     /// The instance's table could not be loaded into the host's packet filter.
     #[error(transparent)]
     Nft(#[from] NftError),
-    /// The facts about our objects could not be read or written.
-    #[error("cannot remember what belongs to whom")]
+    /// The records of what belongs to whom could not be read or written.
+    #[error("cannot read or write the records in `/run/banger`")]
     Ledger(#[from] LedgerError),
     /// systemd-resolved could not be told.
     #[error("cannot tell systemd-resolved of the names below `.vm`")]

@@ -53,7 +53,7 @@ fn vms_are_stopped_in_order_when_their_user_logs_out_but_not_with_linger_and_com
     otter.ok("banger daemon enable");
     let doctor = otter.run("banger doctor").stdout;
     assert!(
-        doctor.contains("are stopped in order before it goes"),
+        doctor.contains("are shut down cleanly before it goes down"),
         "{doctor}"
     );
     assert_eq!(vmm(&otter.vm("calm")), calm);

@@ -11,8 +11,8 @@ use banger_api::unit::{self, DaemonUnit};
 
 /// Start the daemon with this host, so that VMs with autostart come back
 ///
-/// Has your systemd start the daemon, and run from the host's boot to its shutdown (linger). VMs are then stopped in
-/// order before the host goes down. Without linger this happens when you log out.
+/// Has your systemd start the daemon, and run from the host's boot to its shutdown (linger). VMs are then shut
+/// down cleanly before the host goes down. Without linger this happens when you log out.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   banger daemon enable

@@ -26,7 +26,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 /// Returns when it has ended. It is no error if it does not run.
 #[derive(Debug, clap::Args)]
 pub(crate) struct StopArgs {
-    /// Stop all VMs first, in order
+    /// Shut all VMs down cleanly first
     #[arg(long)]
     vms: bool,
     /// Do nothing unless the host shuts down or you have logged out; VMs are then still to run

@@ -11,7 +11,7 @@ use banger_api::vm::DeleteVm;
 
 /// Delete VMs: put them into the trash, or purge them
 ///
-/// The trash keeps a VM's record and files and frees its name. `--purge` removes them for ever, also of a VM that is
+/// The trash keeps a VM's record and files and frees its name. `--purge` removes them permanently, also of a VM that is
 /// in the trash already.
 #[derive(Debug, clap::Args)]
 #[command(visible_alias = "rm")]
@@ -25,7 +25,7 @@ pub(crate) struct DeleteArgs {
     /// Kill those that run
     #[arg(long)]
     force: bool,
-    /// Remove records and files for ever; asks first on a terminal
+    /// Remove records and files permanently; asks first on a terminal
     #[arg(long)]
     purge: bool,
     #[command(flatten)]
@@ -41,8 +41,9 @@ pub(crate) fn run(args: DeleteArgs) -> Outcome {
     };
     if args.purge {
         let names = args.vms.join(", ");
-        args.confirm
-            .ask(&format!("This removes {names} for ever, disks included."))?;
+        args.confirm.ask(&format!(
+            "This removes {names} permanently, disks included."
+        ))?;
     }
     with_daemon(async |_, daemon| {
         let line = if args.purge {

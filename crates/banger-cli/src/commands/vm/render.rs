@@ -244,7 +244,7 @@ pub(super) fn details(vm: &Vm, now: Option<&VmNetwork>) -> String {
             },
         ));
         if !attempt.sandbox_missing.is_empty() {
-            lines.push(("not in it", attempt.sandbox_missing.join("; ")));
+            lines.push(("sandbox missing", attempt.sandbox_missing.join("; ")));
         }
         if attempt.generation != vm.generation {
             lines.push(("booted with", format!("generation {}", attempt.generation)));

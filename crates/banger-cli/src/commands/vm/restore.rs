@@ -31,7 +31,7 @@ pub(crate) fn run(args: RestoreArgs) -> Outcome {
         if args.output.json {
             json(&outcomes)?;
         } else if outcomes.is_empty() {
-            note("no stopped VM is to run");
+            note("nothing to restore: no stopped VM has `desired: on`");
         } else {
             print(&done_to_each(&outcomes, "started"))?;
         }
