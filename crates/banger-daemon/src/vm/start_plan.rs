@@ -11,6 +11,7 @@ use crate::network::{Lease, network_error};
 use crate::record::VmRecord;
 use crate::world::World;
 use banger_api::error::{ErrorBody, ErrorCode};
+use banger_core::name::VmName;
 use banger_core::phase::StartStep;
 use banger_vmm::launch::{self, SpawnError, Waiting};
 use banger_vmm::lock::{Locked, try_lock};
@@ -103,13 +104,9 @@ impl StartPlan {
     ) -> Result<T, StartError> {
         self.steps.send_replace(step);
         if self.cancel.is_cancelled() {
-            let error = ErrorBody::new(
-                ErrorCode::Cancelled,
-                format!("the start of `{}` was cancelled", self.record.name),
-            );
             return Err(StartError {
                 step,
-                error,
+                error: start_cancelled(&self.record.name),
                 cancelled: true,
             });
         }
@@ -243,6 +240,12 @@ impl StartPlan {
                 .caused_by(&error)
             })
     }
+}
+
+/// The answer to who asked for a start that was cancelled.
+pub(super) fn start_cancelled(name: &VmName) -> ErrorBody {
+    let message = format!("the start of VM `{name}` was cancelled");
+    ErrorBody::new(ErrorCode::Cancelled, message)
 }
 
 /// Waits for a shim that has ended or is about to.

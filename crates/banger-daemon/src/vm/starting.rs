@@ -4,11 +4,11 @@ use super::AttemptFile;
 use super::actor::{Actor, Live, Reply, Run, Starting, reply_all};
 use super::deleting::Removal;
 use super::link::Link;
-use super::start_plan::{StartError, StartPlan, Started};
+use super::start_plan::{StartError, StartPlan, Started, start_cancelled};
 use super::stop_reason::{Intent, or_going_down};
 use super::teardown::{Problem, unwind};
 use crate::convert;
-use banger_api::error::{ErrorBody, ErrorCode};
+use banger_api::error::ErrorCode;
 use banger_api::vm::BootTimes;
 use banger_core::phase::{Desired, PausedBy, Phase, StartStep, StopReason};
 use banger_vmm::lock::LockError;
@@ -130,12 +130,7 @@ impl Actor {
                 );
                 if cancel.is_cancelled() {
                     self.kill(Intent::Kill).await;
-                    let name = &self.record.name;
-                    let error = ErrorBody::new(
-                        ErrorCode::Cancelled,
-                        format!("the start of `{name}` was cancelled"),
-                    );
-                    reply_all(starters, &Err(error));
+                    reply_all(starters, &Err(start_cancelled(&self.record.name)));
                 } else {
                     reply_all(starters, &Ok(self.view.borrow().clone()));
                     if !self.record.started_once {
