@@ -403,7 +403,7 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
     tokio::spawn(watermark::watch(Arc::clone(&world), Arc::clone(&registry)));
     let app = App { world, registry };
     tokio::spawn(names::keep_serving(app.clone(), sockets));
-    tokio::spawn(settle(app.clone()));
+    tokio::spawn(finish_startup(app.clone()));
     tokio::spawn(trash::keep_emptying(app.clone()));
     Ok(app)
 }
@@ -439,10 +439,10 @@ fn host_side(wanted: Option<Mode>) -> Result<(Mode, Option<HostSide>), ErrorBody
     }
 }
 
-/// What nobody waits for at the start: what is left on the host and of killed builds goes, and VMs with autostart come
-/// back: all of them once per boot of the host, and at any time those that stopped because host or user went, which a daemon
-/// that died in the middle of this has not started.
-async fn settle(app: App) {
+/// What nobody waits for at the start: leftovers on the host and of killed builds are removed, and VMs with autostart
+/// are started. Of those, all are started once per boot of the host; at any time those that stopped because of a logout
+/// or a shutdown, which a daemon that died in the middle of this may not have started.
+async fn finish_startup(app: App) {
     // Goes on by itself; a build that starts meanwhile is none of its business.
     drop(tokio::task::spawn_blocking(
         banger_image::image::sweep_killed_builds,
