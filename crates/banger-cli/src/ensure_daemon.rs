@@ -1,9 +1,10 @@
 //! Starts the daemon when it is needed.
 //!
-//! A daemon that listens and whose lock file names the very build that this program would start is used without a
-//! question. Else probe the socket; if nobody answers, take the start-up lock, probe again, spawn `bangerd` and read
-//! its one line of readiness; or have systemd start it, where that starts it with the host as well. A daemon of another build than the `bangerd` this program would start is stopped first, at most once a
-//! minute; its VMs run on.
+//! A daemon that listens, and whose lock file names the very build that this program would start, is used at once. Else
+//! the socket is probed; if nobody answers, the start-up lock is taken, the socket probed again, `bangerd` spawned and
+//! its one line of readiness read. Where systemd starts the daemon with the host, it is asked to start it. A daemon of
+//! another build than the `bangerd` that this program would start is stopped first, at most once a minute; its VMs run
+//! on.
 
 use crate::context::{Daemon, own_program};
 use crate::report::{Failure, note, warn};

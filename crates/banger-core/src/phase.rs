@@ -198,7 +198,8 @@ pub enum Phase {
     Running {
         /// The guest has said that it can be used.
         ready: bool,
-        /// Its shim answers. If not, it may only be killed, be deleted with `--force`, and get or lose what holds at once.
+        /// Its shim answers. If not, it may only be killed, be deleted with `--force`, and be changed in what holds at
+        /// once.
         reachable: bool,
     },
     /// Its vCPUs are paused.

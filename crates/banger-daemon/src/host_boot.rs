@@ -1,4 +1,5 @@
-//! Whether VMs come back with the host and are shut down cleanly before it goes down: what `doctor` says of the user unit.
+//! Whether VMs come back with the host and are shut down cleanly before it goes down: what `doctor` says of the user
+//! unit.
 
 use banger_api::daemon::{Check, Verdict};
 use banger_api::paths::{Env as _, ProcessEnv};

@@ -1,5 +1,5 @@
-//! What `nat up` and `nat down` cost in the namespace, by how many guests have it already: CPU time of the process and of
-//! the kernel's work for it. Needs root; the network namespace ends with the process.
+//! What `nat up` and `nat down` cost in the namespace, by how many guests have it already: CPU time of the process and
+//! of the kernel's work for it. Needs root; the network namespace ends with the process.
 
 use banger_core::addr::Pool;
 use banger_core::id::MacAddress;

@@ -102,8 +102,8 @@ pub enum NamespaceOp {
     },
     /// List who reaches the internet. Answers [`NamespaceAnswer::Nat`].
     ListNat,
-    /// Let a guest that has a port reach private networks as well, where it reaches the internet, or no longer: then its
-    /// connections there end too.
+    /// Let a guest that has a port reach private networks as well, where it reaches the internet, or no longer: then
+    /// its connections there end too.
     SetPrivate {
         /// The guest's address.
         address: Ipv4Addr,

@@ -7,7 +7,8 @@
 //!
 //! **Afterwards** the shim listens on [`Launch::shim_socket`] (`SOCK_STREAM`). A client sends [`Command`]s and
 //! receives [`Reply`]s and [`Event`]s, one JSON object a line ([`FromShim`]). Every client first receives a
-//! [`FromShim::Status`]. Several clients may be connected; events go to all, and a client that does not read is dropped.
+//! [`FromShim::Status`]. Several clients may be connected; events go to all, and a client that does not read is
+//! dropped.
 
 use crate::sandbox::{Applied, Sandbox};
 use banger_core::spec::Driver;

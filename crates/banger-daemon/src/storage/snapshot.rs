@@ -1,8 +1,8 @@
 //! A device-mapper snapshot of the image: the image below, what the VM writes in a file of its own.
 //!
-//! The kernel drops a snapshot for ever when its copy-on-write file is full or cannot be written. So the room in that
-//! file is reserved on the host before the kernel sees it, it grows long before it is full ([`Snapshot::tend`]), and where it
-//! cannot grow the VM is paused.
+//! The kernel invalidates a snapshot permanently when its copy-on-write file is full or cannot be written. So the room
+//! in that file is reserved on the host before the kernel sees it, it grows long before it is full
+//! ([`Snapshot::tend`]), and where it cannot grow the VM is paused.
 
 use super::{
     Layer, Owner, RootDrive, StorageDriver, StorageFacts, made_over_another, remove_if_there,
@@ -153,8 +153,8 @@ impl Snapshot {
         ops::seen(rustix::process::geteuid().as_raw(), instance)
     }
 
-    /// Detaches the snapshots of an instance's VMs that are not `known`: their records are gone. Answers what could not be
-    /// detached.
+    /// Detaches the snapshots of an instance's VMs that are not `known`: their records are gone. Answers what could not
+    /// be detached.
     pub(crate) fn sweep(
         &self,
         instance: InstanceId,

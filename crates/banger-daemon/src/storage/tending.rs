@@ -17,8 +17,8 @@ use tokio::task::JoinHandle;
 /// How long one look waits for those that tend snapshots; who is slower is seen by the next.
 const TEND_LIMIT: Duration = Duration::from_millis(100);
 /// How long a VM on a snapshot may run while somebody looks at it, and has not answered: a host that is as slow as that
-/// does not write as fast either as a guest might elsewhere, and to pause every VM of it would help nobody. Also how long
-/// one may run that was never seen: the start, or an earlier daemon, saw it.
+/// does not write as fast either as a guest might elsewhere, and to pause every VM of it would help nobody. Also how
+/// long one may run that was never seen: the start, or an earlier daemon, saw it.
 const SLOW_LIMIT: Duration = Duration::from_secs(10);
 
 /// What is remembered of snapshots from one look to the next.

@@ -1,5 +1,5 @@
-//! What takes down what a VM has on the host: its processes, its storage and its port, and last its `run/` folder. All of
-//! it can be repeated, goes on after errors, and needs no write to succeed, so it works on a full disk.
+//! The teardown of a VM: its processes, its storage and its port, and last its `run/` folder. Every part can be
+//! repeated, goes on after errors, and needs no write to succeed, so it works on a full disk.
 
 use super::files::VmFiles;
 use crate::crash::{Side, point};
@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 /// How long killed processes may take to be gone.
 const DEATH: Duration = Duration::from_secs(10);
 
-/// Ends every process that holds the VM's lock: SIGTERM where that is heard, at most `grace` to follow it, then SIGKILL.
-/// Answers the lock, taken. Blocks.
+/// Ends every process that holds the VM's lock: SIGTERM where that is heard, at most `grace` to follow it, then
+/// SIGKILL. Answers the lock, taken. Blocks.
 pub(crate) fn end_processes(lock: &Path, grace: Duration) -> Result<Locked, LockError> {
     let free = try_lock(lock);
     if !matches!(free, Err(LockError::Held(_))) {

@@ -21,8 +21,8 @@ pub struct Keeping {
 
 impl Host {
     /// Settles now, and again whenever somebody changes the packet filter, links, routes or forwarding, or starts the
-    /// resolver, in a thread of its own: until the answer is dropped, or `report`, which hears every outcome, breaks off. After a
-    /// [`HostOpError::Watch`] nobody keeps it any more.
+    /// resolver. It does so in a thread of its own until the answer is dropped, or until `report`, which gets every
+    /// outcome, breaks off. After a [`HostOpError::Watch`] nobody keeps it any more.
     ///
     /// # Errors
     /// Changes cannot be heard of, or the process is out of threads.

@@ -24,8 +24,8 @@ pub struct DnsSocketError {
     source: io::Error,
 }
 
-/// UDP, then listening TCP, for guests; with `host`, the same two for the host. Waits up to two seconds for a place that
-/// is taken.
+/// UDP, then listening TCP, for guests; with `host`, the same two for the host. Waits up to two seconds for a place
+/// that is taken.
 pub(crate) fn open(pool: Pool, host: bool) -> Result<Vec<OwnedFd>, DnsSocketError> {
     let mut sockets = pair(pool.gateway(), BRIDGE)?;
     if host {

@@ -1,5 +1,5 @@
-//! One VM lives beside the real Docker, ufw and firewalld, and beside rules that somebody wrote by hand: what they close
-//! is named with what opens it, which holds over their restarts, and nothing of theirs is touched.
+//! One VM lives beside the real Docker, ufw and firewalld, and beside rules that somebody wrote by hand: what they
+//! close is named with what opens it, which holds over their restarts, and nothing of theirs is touched.
 
 use crate::host::{eventually, root, try_root};
 use crate::inside::{Seconds, World};

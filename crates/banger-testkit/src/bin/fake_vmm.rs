@@ -1,8 +1,8 @@
 //! `fake-vmm`: a small real program that stands for QEMU in tests.
 //!
 //! It takes QEMU's arguments, opens the drives, listens for QMP and for the agent's port, prints a console, and plays
-//! the guest's agent. A file `fake-vmm.script` in its working folder, or in the folder `share/qemu` of its prefix, makes
-//! it misbehave: one JSON object with any of
+//! the guest's agent. A file `fake-vmm.script` in its working folder, or in the folder `share/qemu` of its prefix,
+//! makes it misbehave: one JSON object with any of
 //!
 //! | key | what it does |
 //! | --- | --- |

@@ -17,9 +17,10 @@ pub const AGENT_SOCKET: &str = "agent.sock";
 pub const KERNEL_COMMAND_LINE: &str =
     "console=ttyS0 reboot=t panic=-1 quiet loglevel=3 cryptomgr.notests no_timer_check";
 
-/// What an emulated guest's kernel is told besides. It would take the TSCs of two AMD CPUs without an invariant TSC, which
-/// TCG does not offer, for unsynchronised, and read its clock from the ACPI timer instead: an emulated device, each time.
-/// Yet TCG has one TSC for all of a machine's vCPUs (`cpu_get_ticks`: the host's, under one lock, never going back).
+/// What an emulated guest's kernel is told besides. It would take the TSCs of two AMD CPUs without an invariant TSC,
+/// which TCG does not offer, for unsynchronised, and read its clock from the ACPI timer instead: an emulated device,
+/// each time. Yet TCG has one TSC for all of a machine's vCPUs (`cpu_get_ticks`: the host's, under one lock, never
+/// going back).
 const EMULATED_KERNEL_COMMAND_LINE: &str = "tsc=reliable";
 
 /// An emulated CPU with what Debian's userland wants and little more: each feature costs boot time. Without RDRAND
