@@ -169,7 +169,7 @@ async fn run() -> Result<(), ErrorBody> {
             "the network was not let go cleanly"
         );
     }
-    world.store.settle().await;
+    world.store.checkpoint().await;
     tracing::info!("gone");
     Ok(())
 }

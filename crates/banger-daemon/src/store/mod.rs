@@ -223,7 +223,7 @@ impl Store {
 
     /// Waits until all that was asked before is done, and moves it from the log into the database's own file, so that
     /// the file alone is whole while no daemon runs.
-    pub(crate) async fn settle(&self) {
+    pub(crate) async fn checkpoint(&self) {
         let moved = self.run(|thread| {
             let sql = "PRAGMA wal_checkpoint(TRUNCATE)";
             thread
