@@ -21,7 +21,7 @@ use crate::store::{Opened, Store};
 use crate::vm::actor::Found;
 use crate::vm::files::{VmFiles, make_folder};
 use crate::world::{Programs, World};
-use crate::{keys, rescue, trash};
+use crate::{keys, reconcile, trash};
 use banger_api::daemon::Mode;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::paths::{Env, Paths, ProcessEnv, find_program};
@@ -301,7 +301,7 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
             aside.display()
         ));
     }
-    let rows = rescue::reconcile(paths, &store, rows, &mut notices)
+    let rows = reconcile::reconcile(paths, &store, rows, &mut notices)
         .await
         .map_err(|error| store_error(&error))?;
     let routes = || banger_host::net::host::host_routes().unwrap_or_default();
