@@ -58,7 +58,7 @@ impl Request {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing<'a> {
     /// It is an ordinary VM in this phase.
-    Live(&'a Phase),
+    Present(&'a Phase),
     /// It is in the trash.
     Trashed,
 }
@@ -146,7 +146,7 @@ pub enum Decision {
 /// Judges `request` for a VM that stands so. Every pair is written out.
 pub fn decide(standing: Standing<'_>, request: Request) -> Decision {
     let phase = match standing {
-        Standing::Live(phase) => phase,
+        Standing::Present(phase) => phase,
         Standing::Trashed => return decide_trashed(request),
     };
     use Decision::{AlreadyThere, Deny as Refuse, Join, Run};
@@ -385,8 +385,8 @@ mod tests {
         let [fresh, failed] = [&phases()[0], &phases()[1]].map(Clone::clone);
         for request in REQUESTS {
             assert_eq!(
-                decide(Standing::Live(&fresh), request),
-                decide(Standing::Live(&failed), request)
+                decide(Standing::Present(&fresh), request),
+                decide(Standing::Present(&failed), request)
             );
         }
     }
@@ -399,7 +399,7 @@ mod tests {
         };
         let allowed: Vec<_> = REQUESTS
             .into_iter()
-            .filter(|&r| matches!(decide(Standing::Live(&phase), r), Decision::Run(_)))
+            .filter(|&r| matches!(decide(Standing::Present(&phase), r), Decision::Run(_)))
             .collect();
         assert_eq!(
             allowed,
@@ -416,7 +416,7 @@ mod tests {
     fn a_live_vm_is_never_trashed_without_force() {
         for phase in phases().iter().filter(|p| p.is_live()) {
             for purge in [false, true] {
-                let decision = decide(Standing::Live(phase), delete(false, purge));
+                let decision = decide(Standing::Present(phase), delete(false, purge));
                 assert_eq!(decision, Decision::Deny(Deny::NeedsForce), "{phase:?}");
             }
         }
@@ -427,7 +427,7 @@ mod tests {
         for phase in phases().iter().filter(|p| p.is_live()) {
             for request in [Request::Set { live: false }, Request::Reset, Request::Start] {
                 assert!(
-                    !matches!(decide(Standing::Live(phase), request), Decision::Run(_)),
+                    !matches!(decide(Standing::Present(phase), request), Decision::Run(_)),
                     "{phase:?} {request:?}"
                 );
             }
@@ -439,7 +439,7 @@ mod tests {
         for phase in &phases() {
             assert!(
                 !matches!(
-                    decide(Standing::Live(phase), Request::Kill),
+                    decide(Standing::Present(phase), Request::Kill),
                     Decision::Deny(_)
                 ),
                 "{phase:?}"
@@ -476,8 +476,8 @@ mod tests {
                 | Request::Delete { .. }
                 | Request::Undelete => return Ok(()),
             };
-            if matches!(decide(Standing::Live(&phases()[index]), request), Decision::Run(_)) {
-                prop_assert_eq!(decide(Standing::Live(&settled), request), Decision::AlreadyThere);
+            if matches!(decide(Standing::Present(&phases()[index]), request), Decision::Run(_)) {
+                prop_assert_eq!(decide(Standing::Present(&settled), request), Decision::AlreadyThere);
             }
         }
     }

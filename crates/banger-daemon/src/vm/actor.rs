@@ -345,7 +345,7 @@ impl Actor {
         let standing = if trashed {
             Standing::Trashed
         } else {
-            Standing::Live(&phase)
+            Standing::Present(&phase)
         };
         tracing::debug!(vm = %self.record.id, request = ask.request.verb(), phase = phase.name(), "request");
         if let Some(until) = ask.trashed_until

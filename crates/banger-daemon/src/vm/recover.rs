@@ -86,7 +86,7 @@ impl Actor {
     async fn stop_after_all(&mut self) {
         self.note("recover", "it was to stop: asking again", None);
         let phase = self.view.borrow().phase.clone();
-        match decide(Standing::Live(&phase), Request::Stop) {
+        match decide(Standing::Present(&phase), Request::Stop) {
             Decision::Run(action) => {
                 if action == Action::ResumeThenStop
                     && let Err(error) = self.command(Verb::Resume, Request::Stop).await
