@@ -162,5 +162,5 @@ pub(crate) fn denied(name: &VmName, deny: Deny, request: Request) -> ErrorBody {
             format!("`banger vm undelete {name}` brings it back"),
         ),
     };
-    ErrorBody::new(code, format!("cannot {verb} `{name}`: {why}")).hint(hint)
+    ErrorBody::new(code, format!("cannot {verb} VM `{name}`: {why}")).hint(hint)
 }

@@ -344,7 +344,7 @@ async fn wait(call: Call<WaitVm>) -> Result<Vm, ErrorBody> {
     match waited {
         Ok(Ok(view)) if view.purged => Err(ErrorBody::new(
             ErrorCode::NotFound,
-            format!("the VM `{name}` was removed permanently"),
+            format!("VM `{name}` was removed permanently"),
         )
         .hint("`banger vm list` shows those that are there")),
         Ok(Ok(view)) if !reached(&view) => {
@@ -352,13 +352,18 @@ async fn wait(call: Call<WaitVm>) -> Result<Vm, ErrorBody> {
                 Phase::Stopped { why } => why.to_string(),
                 other => other.name().to_owned(),
             };
-            Err(ErrorBody::new(ErrorCode::WrongPhase, format!("`{name}` is stopped: {why}"))
-                .hint(format!("`banger vm start {name}` starts it, `banger vm why {name}` tells what happened")))
+            Err(ErrorBody::new(
+                ErrorCode::WrongPhase,
+                format!("VM `{name}` is stopped: {why}"),
+            )
+            .hint(format!(
+                "`banger vm start {name}` starts it, `banger vm why {name}` tells what happened"
+            )))
         }
         Ok(Ok(view)) => Ok(convert::vm(&call.app.world, &view)),
         Ok(Err(_)) => Err(ErrorBody::new(
             ErrorCode::NotFound,
-            format!("the VM `{name}` is gone"),
+            format!("VM `{name}` is gone"),
         )),
         Err(_) => {
             let wanted = match condition {

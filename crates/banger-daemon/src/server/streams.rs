@@ -218,7 +218,7 @@ pub(super) async fn connect(
     let view = handle.latest();
     let name = &view.record.name;
     if !matches!(view.phase, Phase::Running { .. }) {
-        let message = format!("cannot connect to `{name}`: it is {}", view.phase.name());
+        let message = format!("cannot connect to VM `{name}`: it is {}", view.phase.name());
         return Err(ErrorBody::new(ErrorCode::WrongPhase, message)
             .hint(format!("`banger vm start {name}`")));
     }

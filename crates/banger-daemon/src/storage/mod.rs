@@ -80,7 +80,7 @@ impl Layer {
                 ErrorBody::new(
                     ErrorCode::NotFound,
                     format!(
-                        "the image {} of `{}` is gone",
+                        "the image {} of VM `{}` is gone",
                         record.spec.image, record.name
                     ),
                 )
@@ -273,7 +273,7 @@ fn made_over_another(layer: &Layer) -> Result<(), ErrorBody> {
     Err(ErrorBody::new(
         ErrorCode::BadFile,
         format!(
-            "the image of `{}` is not the one its overlay was made over",
+            "the image of VM `{}` is not the one its overlay was made over",
             layer.name
         ),
     ))
@@ -377,7 +377,7 @@ fn ensure_disk(
         Ok(found) => Err(ErrorBody::new(
             ErrorCode::BadFile,
             format!(
-                "`{}` is not the disk of `{name}`: it carries the UUID {found}, not {uuid}",
+                "`{}` is not the disk of VM `{name}`: it carries the UUID {found}, not {uuid}",
                 path.display()
             ),
         )

@@ -207,7 +207,7 @@ impl Snapshot {
         let lost = |why: &str| {
             let error = ErrorBody::new(
                 ErrorCode::Internal,
-                format!("the kernel has no snapshot of `{}`: {why}", layer.name),
+                format!("the kernel has no snapshot of VM `{}`: {why}", layer.name),
             );
             Untended::Lost(error.hint("what was written is in the copy-on-write file; keep it"))
         };
@@ -255,7 +255,7 @@ fn ensure_cow(driver: &Snapshot, layer: &Layer) -> Result<(), ErrorBody> {
         Ok(_) => ErrorBody::new(
             ErrorCode::BadFile,
             format!(
-                "`{}` is not the copy-on-write file of `{}`",
+                "`{}` is not the copy-on-write file of VM `{}`",
                 layer.file.display(),
                 layer.name
             ),
@@ -279,7 +279,7 @@ fn prove(layer: &Layer, device: &Path) -> Result<(), ErrorBody> {
     Err(ErrorBody::new(
         ErrorCode::BadFile,
         format!(
-            "`{}` is not over the image of `{}`: it carries the UUID {found}, not {}",
+            "`{}` is not over the image of VM `{}`: it carries the UUID {found}, not {}",
             layer.file.display(),
             layer.name,
             layer.image_uuid

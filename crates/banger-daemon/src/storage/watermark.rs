@@ -232,7 +232,7 @@ pub(crate) fn has_room(world: &World, record: &VmRecord) -> Result<(), ErrorBody
         let layer = Layer::of(world, record, &VmFiles::of(&world.paths, record.id))?;
         if world.storage.snapshot().tend(&layer)?.must_pause {
             let message = format!(
-                "`{name}` was paused because its copy-on-write file is full, and the host has no room for a larger one"
+                "VM `{name}` was paused because its copy-on-write file is full, and the host has no room for a larger one"
             );
             return Err(ErrorBody::new(ErrorCode::NoSpace, message)
                 .hint("free some space and it goes on by itself"));
@@ -247,7 +247,7 @@ pub(crate) fn has_room(world: &World, record: &VmRecord) -> Result<(), ErrorBody
         Verdict::Hold | Verdict::PauseGrowing | Verdict::PauseAll => Err(ErrorBody::new(
             ErrorCode::NoSpace,
             format!(
-                "`{name}` was paused because the host is full: `{}` has {} MiB free",
+                "VM `{name}` was paused because the host is full: `{}` has {} MiB free",
                 folder.display(),
                 room.available >> 20
             ),

@@ -576,7 +576,7 @@ impl Actor {
         let name = &self.record.name;
         let error = ErrorBody::new(
             ErrorCode::Cancelled,
-            format!("the restart of `{name}` was cancelled by a stop"),
+            format!("the restart of VM `{name}` was cancelled by a stop"),
         );
         reply_all(starters, &Err(error));
         if self.going_down.is_none() {
@@ -589,7 +589,7 @@ impl Actor {
         let name = &self.record.name;
         ErrorBody::new(
             ErrorCode::Unreachable,
-            format!("a process of `{name}` does not die"),
+            format!("a process of VM `{name}` does not die"),
         )
         .hint(format!(
             "it may wait for a disk of the host; `banger vm why {name}` tells more"

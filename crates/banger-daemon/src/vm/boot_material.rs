@@ -52,7 +52,7 @@ pub(super) fn open_files(
     let missing = |what: &str, id: String| {
         ErrorBody::new(
             ErrorCode::NotFound,
-            format!("the {what} {id} of `{}` is gone", record.name),
+            format!("the {what} {id} of VM `{}` is gone", record.name),
         )
         .hint(format!("`banger {what} list` shows those that are there"))
     };

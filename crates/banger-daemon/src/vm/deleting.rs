@@ -43,7 +43,7 @@ impl Actor {
     /// Brings it back from the trash, under `name` if there is one; whoever asks has made sure that it is free.
     pub(super) async fn undelete(&mut self, name: Option<VmName>) -> Result<(), ErrorBody> {
         if self.record.purging {
-            let message = format!("`{}` is being removed permanently", self.record.name);
+            let message = format!("VM `{}` is being removed permanently", self.record.name);
             return Err(ErrorBody::new(ErrorCode::WrongPhase, message)
                 .hint("its files may be gone already; it cannot come back"));
         }

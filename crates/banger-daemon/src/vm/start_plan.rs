@@ -212,17 +212,17 @@ impl StartPlan {
             match launched {
                 Ok((Launched::Running { .. }, Some(child))) => Ok(child),
                 Ok((Launched::Running { .. }, None)) => {
-                    Err(failed(format!("the shim of `{name}` is gone")))
+                    Err(failed(format!("the shim of VM `{name}` is gone")))
                 }
                 Ok((Launched::Failed { error, stderr }, _)) => {
-                    let mut body = failed(format!("the VMM of `{name}` did not start"));
+                    let mut body = failed(format!("the VMM of VM `{name}` did not start"));
                     body.causes.push(error);
                     body.causes
                         .extend(stderr.lines().rev().take(3).map(str::to_owned));
                     Err(body)
                 }
                 Err(error) => {
-                    Err(failed(format!("the shim of `{name}` did not start")).caused_by(&error))
+                    Err(failed(format!("the shim of VM `{name}` did not start")).caused_by(&error))
                 }
             }
         })
@@ -235,7 +235,7 @@ impl StartPlan {
             .map_err(|error| {
                 ErrorBody::new(
                     ErrorCode::StartFailed,
-                    format!("the shim of `{}` does not answer", self.record.name),
+                    format!("the shim of VM `{}` does not answer", self.record.name),
                 )
                 .caused_by(&error)
             })
