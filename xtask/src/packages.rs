@@ -68,6 +68,9 @@ const NEEDS: &[Need] = &[
     ),
     program("curl", Purpose::Test, "curl"),
     program("procps", Purpose::Test, "ps"),
+    program("passt", Purpose::Test, "pasta"),
+    program("xfsprogs", Purpose::Test, "mkfs.xfs"),
+    program("btrfs-progs", Purpose::Test, "mkfs.btrfs"),
     program("strace", Purpose::Bench, "strace"),
     program("dnsmasq-base", Purpose::Bench, "dnsmasq"),
 ];
