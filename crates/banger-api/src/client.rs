@@ -9,6 +9,8 @@ use hyper::{HeaderMap, Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
 use tokio::net::UnixStream;
 
 /// The largest reply that is read as one JSON value, in bytes.
@@ -88,10 +90,22 @@ impl DaemonIdentity {
     }
 }
 
+/// Starts the daemon that nobody listens for, or says why it cannot be.
+pub type Revive =
+    dyn Fn() -> Pin<Box<dyn Future<Output = Result<(), ErrorBody>> + Send>> + Send + Sync;
+
 /// A client. Each call makes a connection of its own.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Client {
     socket: PathBuf,
+    revive: Option<Arc<Revive>>,
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut client = formatter.debug_struct("Client");
+        client.field("socket", &self.socket).finish_non_exhaustive()
+    }
 }
 
 impl Client {
@@ -99,7 +113,16 @@ impl Client {
     pub fn new(socket: impl Into<PathBuf>) -> Self {
         Self {
             socket: socket.into(),
+            revive: None,
         }
+    }
+
+    /// A client that asks `revive` for a daemon when nobody listens, once a call: the one that listened a moment ago
+    /// may have died. A request that a daemon has received is never sent again.
+    #[must_use]
+    pub fn reviving(mut self, revive: Arc<Revive>) -> Self {
+        self.revive = Some(revive);
+        self
     }
 
     /// The daemon's socket.
@@ -235,12 +258,7 @@ impl Client {
         let request = builder
             .body(Full::new(body))
             .map_err(|error| unreadable(error.to_string()))?;
-        let stream = connect(&self.socket)
-            .await
-            .map_err(|source| ClientError::Connect {
-                socket: self.socket.clone(),
-                source,
-            })?;
+        let stream = self.connect().await?;
         let broken = |source: hyper::Error| ClientError::Broken {
             request: name.clone(),
             source: Box::new(source),
@@ -263,6 +281,28 @@ impl Client {
         }
         Ok((response, name))
     }
+
+    async fn connect(&self) -> Result<UnixStream, ClientError> {
+        let mut connected = connect(&self.socket).await;
+        if let (Err(error), Some(revive)) = (&connected, &self.revive)
+            && is_absence(error)
+        {
+            revive().await?;
+            connected = connect(&self.socket).await;
+        }
+        connected.map_err(|source| ClientError::Connect {
+            socket: self.socket.clone(),
+            source,
+        })
+    }
+}
+
+/// Whether nobody listens.
+fn is_absence(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused
+    )
 }
 
 /// Connects through `/proc/self/fd`, since a socket's path may be longer than an address can hold.
@@ -410,5 +450,50 @@ mod tests {
             "?after=&force=true&n=3&name=a%26b%3Dc".replace("after=&", "")
         );
         assert_eq!(query(&serde_json::json!({})), "");
+    }
+
+    #[test]
+    fn a_daemon_that_died_is_started_once_and_asked_then_and_why_it_cannot_be_is_the_error() {
+        use crate::daemon::StopDaemon;
+        use crate::endpoint::{Nothing, PostDaemonStop};
+        use std::sync::atomic::{AtomicUsize, Ordering};
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("socket");
+        // What the dead one left: nobody listens on it.
+        drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+        let starts = Arc::new(AtomicUsize::new(0));
+        let (counted, place) = (Arc::clone(&starts), socket.clone());
+        let client = Client::new(&socket).reviving(Arc::new(move || {
+            let (first, place) = (counted.fetch_add(1, Ordering::Relaxed) == 0, place.clone());
+            Box::pin(async move {
+                if !first {
+                    return Err(ErrorBody::new(ErrorCode::HostUnfit, "no second one"));
+                }
+                std::fs::remove_file(&place).unwrap();
+                let listener = tokio::net::UnixListener::bind(&place).unwrap();
+                tokio::spawn(async move {
+                    let (mut stream, _) = listener.accept().await.unwrap();
+                    let mut asked = [0; 1024];
+                    assert!(stream.read(&mut asked).await.unwrap() > 0);
+                    let reply = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}";
+                    stream.write_all(reply).await.unwrap();
+                });
+                Ok(())
+            })
+        }));
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let request = StopDaemon::default();
+        let ask = || client.call::<PostDaemonStop>(&[], &request);
+        runtime.block_on(async {
+            let Nothing {} = ask().await.unwrap();
+            assert_eq!(starts.load(Ordering::Relaxed), 1);
+            let why = ask().await.unwrap_err().to_body();
+            assert_eq!(why.message, "no second one");
+        });
     }
 }

@@ -8,6 +8,7 @@ use banger_api::endpoint::{GetDaemon, Nothing};
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::paths::{Paths, ProcessEnv};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Where files live for this process.
 #[derive(Debug, Clone)]
@@ -43,9 +44,22 @@ impl Context {
         Client::new(self.paths.socket())
     }
 
-    /// The daemon; it is started, or replaced if it is stale, where needed.
+    /// The daemon; it is started, or replaced if it is stale, where needed. One that dies between two requests of a
+    /// command is started again.
     pub(crate) async fn daemon(&self) -> Result<Daemon, Failure> {
-        ensure_daemon::ensure(&self.paths, ensure_daemon::Mode::from_env()).await
+        let mode = ensure_daemon::Mode::from_env();
+        let mut daemon = ensure_daemon::ensure(&self.paths, mode).await?;
+        if mode == ensure_daemon::Mode::Start {
+            let paths = self.paths.clone();
+            daemon.client = daemon.client.reviving(Arc::new(move || {
+                let paths = paths.clone();
+                Box::pin(async move {
+                    let ensured = ensure_daemon::ensure(&paths, mode).await;
+                    ensured.map(drop).map_err(|failure| failure.0)
+                })
+            }));
+        }
+        Ok(daemon)
     }
 }
 
@@ -57,7 +71,7 @@ where
     let context = Context::from_env()?;
     block_on(async {
         let daemon = context.daemon().await?;
-        let client = daemon.client.clone();
+        let client = context.client();
         tokio::select! {
             outcome = command(context, daemon) => outcome,
             failure = ensure_daemon::silence(&client) => Err(failure),
