@@ -643,16 +643,8 @@ impl Actor {
             };
             host.perform(&detach, &[])?;
         }
-        let Namespace {
-            keeper,
-            keepalive,
-            network,
-            user,
-            ..
-        } = namespace;
-        drop((keepalive, network, user));
         if unused {
-            namespace::wait_gone(&keeper);
+            namespace::let_go(namespace);
         }
         Ok(())
     }

@@ -14,11 +14,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long an unused keeper may take to end.
-const GONE_LIMIT: Duration = Duration::from_secs(2);
-
 /// What a keeper of an earlier version says to an operation that it does not know.
 const NOT_KNOWN: &str = "the request is not understood";
+
+/// How long the end of a keeper is waited for that nobody needs any more.
+const KEEPER_ENDS_WITHIN: Duration = Duration::from_secs(5);
 
 /// A namespace with its keeper, and what is known to be in it.
 pub(super) struct Namespace {
@@ -253,17 +253,19 @@ pub(super) fn join(
     Namespace::open(keeper)
 }
 
-/// Waits until the keeper's process has ended, for at most two seconds.
-pub(super) fn wait_gone(keeper: &Keeper) {
-    // One that does not answer, or has no process any more, is gone already.
-    let Ok((NamespaceAnswer::Hello { pid, .. }, _)) = keeper.request(NamespaceOp::Hello) else {
-        return;
+/// Lets the namespace go, and waits until its keeper has ended and with it, where nobody else holds it, the namespace.
+/// A process of ours that is about to end may still hold it: then the keeper ends a moment later by itself.
+pub(super) fn let_go(namespace: Namespace) {
+    let keeper = namespace.keeper.request(NamespaceOp::Hello);
+    let ended = match keeper {
+        Ok((NamespaceAnswer::Hello { pid, .. }, _)) => process::open(pid).ok(),
+        _ => None,
     };
-    let Ok(pidfd) = process::open(pid) else {
-        return;
-    };
-    if !process::wait_any(&[pidfd], GONE_LIMIT).unwrap_or(false) {
-        tracing::warn!(pid, "the keeper of the unused namespace has not ended yet");
+    drop(namespace);
+    if let Some(ended) = ended
+        && !matches!(process::wait_any(&[ended], KEEPER_ENDS_WITHIN), Ok(true))
+    {
+        tracing::warn!("the namespace's keeper has not ended yet");
     }
 }
 
