@@ -44,7 +44,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 /// How long the lock of the state folder may be held by what is left of another daemon.
-const LOCK_LIMIT: Duration = Duration::from_secs(1);
+const LOCK_LIMIT: Duration = Duration::from_secs(10);
 /// How often it is tried by then.
 const LOCK_RETRY: Duration = Duration::from_millis(10);
 

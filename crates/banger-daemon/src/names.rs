@@ -128,9 +128,17 @@ impl Names {
 
     /// Serves the host on its loopback, where it cannot reach into the namespace.
     fn serve_loopback(&self) -> std::io::Result<()> {
-        let udp = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
-        let place = udp.local_addr()?;
-        let tcp = std::net::TcpListener::bind(place)?;
+        // A number that is free for one protocol may be taken for the other.
+        let mut tries = 8;
+        let (udp, tcp, place) = loop {
+            let udp = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+            let place = udp.local_addr()?;
+            match std::net::TcpListener::bind(place) {
+                Ok(tcp) => break (udp, tcp, place),
+                Err(error) if tries == 0 => return Err(error),
+                Err(_) => tries -= 1,
+            }
+        };
         udp.set_nonblocking(true)?;
         tcp.set_nonblocking(true)?;
         let listener = listener(udp, tcp, Audience::Host)?;

@@ -70,7 +70,7 @@ impl World {
 fn config(resolvers: &[&Resolver]) -> Config {
     Config {
         resolvers: Resolvers::Fixed(resolvers.iter().map(|one| one.address()).collect()),
-        attempt_limit: Duration::from_millis(300),
+        attempt_limit: Duration::from_secs(1),
         ..Config::default()
     }
 }

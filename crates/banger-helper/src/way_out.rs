@@ -18,7 +18,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long `pasta` may take to set up the namespace's device.
-const READY_LIMIT: Duration = Duration::from_secs(8);
+const READY_LIMIT: Duration = Duration::from_secs(20);
 /// The end of what it said that is kept for an error, in bytes.
 const KEPT_WORDS: usize = 2048;
 

@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long the daemon may take to get ready; it looks at every VM first.
-const READY_LIMIT: Duration = Duration::from_secs(20);
+const READY_LIMIT: Duration = Duration::from_secs(60);
 /// The longest line of readiness, in bytes.
 const MAX_LINE: usize = 1 << 20;
 /// How much of what it said on stderr is shown, in bytes.

@@ -32,9 +32,9 @@ impl Actor {
             reap(shim);
         }
         let path = self.files.lock();
-        // A shim that has just ended by itself may not be quite gone.
+        // A shim that has just ended by itself may not be quite gone, and longer so on a busy host.
         let free = tokio::task::spawn_blocking(move || {
-            wait_free(&path, Instant::now() + Duration::from_millis(500))
+            wait_free(&path, Instant::now() + Duration::from_secs(2))
         });
         match free.await {
             Ok(Ok(_)) => self.end(None, Intent::None).await,

@@ -12,7 +12,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot};
 
 /// How long a shim may take to say its status.
-const FIRST_STATUS: Duration = Duration::from_secs(3);
+const FIRST_STATUS: Duration = Duration::from_secs(10);
 /// How long a shim may take to answer a command.
 const REPLY: Duration = Duration::from_secs(10);
 /// The longest line believed of a shim.

@@ -15,7 +15,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long a keeper may take to be ready.
-const READY_TIMEOUT: Duration = Duration::from_secs(10);
+const READY_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long an operation may take, beside what it was itself told to wait.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 const MAX_READY_BYTES: usize = 64 * 1024;

@@ -22,7 +22,7 @@ use super::links::NetlinkError;
 const RULES: &str = include_str!("base.nft");
 const MASQUERADE: &str = include_str!("masquerade.nft");
 const TABLE: &[u8] = b"banger";
-const LOAD_TIMEOUT: Duration = Duration::from_secs(10);
+const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
 /// What does not change: which networks are what.
 const NETWORKS: [&[u8]; 2] = [b"closed", b"private_networks"];

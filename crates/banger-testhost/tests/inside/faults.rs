@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 const NAME: &str = "otter";
 const MIB: u64 = 1 << 20;
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(180);
 
 const CREATE: &[&str] = &[
     "vm",

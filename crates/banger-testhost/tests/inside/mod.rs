@@ -18,7 +18,7 @@ const COMMAND_SECONDS: &str = "90";
 const KVM_WORKS: &str = "/run/kvm-works.json";
 
 /// How long what a daemon leaves may take to be gone after it.
-const TEARDOWN_LIMIT: Duration = Duration::from_secs(10);
+const TEARDOWN_LIMIT: Duration = Duration::from_secs(60);
 
 /// A daemon's world. Ends its VMs and its daemon when it goes.
 pub(crate) struct World {

@@ -9,7 +9,9 @@ fn vms_were_stopped_in_order_and_those_with_autostart_are_back_before_anybody_lo
     eventually("the user's systemd has started the daemon", || {
         try_root(&format!("pgrep -u {USER} -x bangerd")).ok()
     });
-    assert_eq!(state(&manager()), "active");
+    eventually("the user's systemd is ready", || {
+        (state(&manager()) == "active").then_some(())
+    });
     assert_eq!(root("loginctl list-sessions --no-legend"), "");
     eventually("a VM is back", || {
         try_root(&format!("pgrep -u {USER} 'firecracker|qemu'")).ok()

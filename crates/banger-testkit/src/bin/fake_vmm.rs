@@ -11,9 +11,7 @@
 //! | `never_ready` | the agent speaks, but never says ready |
 //! | `no_agent` | there is no agent |
 //! | `ignore_powerdown` | neither the button nor the agent's poweroff does anything |
-//! | `die_after_ms` | exit with code 1 |
-//! | `poweroff_after_ms`, `reboot_after_ms`, `panic_after_ms` | what the guest does by itself |
-//! | `disk_full_after_ms` | stop as QEMU does on a full disk |
+//! | `on_go` | what happens once there is a file `go` in the working folder: `die` (exit with code 1), `disk_full` (stop as QEMU does), or what a guest does by itself: `poweroff`, `reboot`, `panic` |
 //! | `flood_console_bytes` | so many bytes on the console |
 //! | `flood_agent_lines` | so many lines of rubbish from the agent |
 //! | `count_every_ms` | numbered lines on the console, one in so many milliseconds |
@@ -280,12 +278,12 @@ impl Machine {
             self.print(&format!("tried to {what} {on}: {outcome}"));
         }
         let actions: [(&str, Action); 5] = [
-            ("die_after_ms", |_| std::process::exit(1)),
-            ("poweroff_after_ms", |machine| {
+            ("die", |_| std::process::exit(1)),
+            ("poweroff", |machine| {
                 machine.end(GuestEnd::Poweroff);
             }),
-            ("reboot_after_ms", |machine| machine.end(GuestEnd::Reboot)),
-            ("panic_after_ms", |machine| {
+            ("reboot", |machine| machine.end(GuestEnd::Reboot)),
+            ("panic", |machine| {
                 machine.print("[    1.000000] Kernel panic - not syncing: fake");
                 machine.emit(
                     "SHUTDOWN",
@@ -293,7 +291,7 @@ impl Machine {
                 );
                 std::process::exit(0);
             }),
-            ("disk_full_after_ms", |machine| {
+            ("disk_full", |machine| {
                 let data = json!({ "device": "drive3", "nospace": true, "action": "stop" });
                 machine.emit("BLOCK_IO_ERROR", &data);
                 machine.state().paused = true;
@@ -301,10 +299,12 @@ impl Machine {
             }),
         ];
         for (key, action) in actions {
-            if let Some(delay) = self.number(key) {
+            if self.script["on_go"] == key {
                 let machine = Arc::clone(self);
                 thread::spawn(move || {
-                    thread::sleep(Duration::from_millis(delay));
+                    while !Path::new("go").exists() {
+                        thread::sleep(Duration::from_millis(2));
+                    }
                     action(&machine);
                 });
             }

@@ -23,8 +23,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long a VMM may take to answer for the first time. Usually it takes a tenth of a second; on a machine that is
-/// itself emulated, and busy, ten were not enough.
-const LIFE_LIMIT: Duration = Duration::from_secs(15);
+/// itself emulated, and busy, fifteen seconds were not enough.
+const LIFE_LIMIT: Duration = Duration::from_secs(60);
 /// How long a VMM that refused may take to end and to say why.
 const REFUSAL_LIMIT: Duration = Duration::from_secs(1);
 /// When to try again where a socket is there but nobody listens yet: this moment has no event, and is short.
