@@ -16,6 +16,9 @@ use tokio::net::UnixStream;
 /// The largest reply that is read as one JSON value, in bytes.
 const MAX_REPLY_BYTES: usize = 256 << 20;
 
+/// How often a question is asked while the daemon dies before it answers.
+const TRIES: u32 = 3;
+
 /// Why a call got no reply.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -51,6 +54,13 @@ pub enum ClientError {
 }
 
 impl ClientError {
+    fn broken(request: &str, source: hyper::Error) -> Self {
+        Self::Broken {
+            request: request.to_owned(),
+            source: Box::new(source),
+        }
+    }
+
     /// The error as the CLI renders it.
     pub fn to_body(&self) -> ErrorBody {
         match self {
@@ -118,7 +128,7 @@ impl Client {
     }
 
     /// A client that asks `revive` for a daemon when nobody listens, once a call: the one that listened a moment ago
-    /// may have died. A request that a daemon has received is never sent again.
+    /// may have died. What a daemon may have received and only asks is asked again; what changes something never is.
     #[must_use]
     pub fn reviving(mut self, revive: Arc<Revive>) -> Self {
         self.revive = Some(revive);
@@ -258,16 +268,7 @@ impl Client {
         let request = builder
             .body(Full::new(body))
             .map_err(|error| unreadable(error.to_string()))?;
-        let stream = self.connect().await?;
-        let broken = |source: hyper::Error| ClientError::Broken {
-            request: name.clone(),
-            source: Box::new(source),
-        };
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-            .await
-            .map_err(broken)?;
-        tokio::spawn(connection.with_upgrades());
-        let response = sender.send_request(request).await.map_err(broken)?;
+        let response = self.exchange(request, &name).await?;
         if response.status().is_client_error() || response.status().is_server_error() {
             let status = response.status();
             let body = collect(response, &name).await?;
@@ -280,6 +281,30 @@ impl Client {
             });
         }
         Ok((response, name))
+    }
+
+    /// The reply's head. What only asks is sent again to a daemon's successor.
+    async fn exchange(
+        &self,
+        request: Request<Full<Bytes>>,
+        name: &str,
+    ) -> Result<Response<Incoming>, ClientError> {
+        let mut tries = match &self.revive {
+            Some(_) if request.method() == hyper::Method::GET => TRIES,
+            _ => 1,
+        };
+        loop {
+            tries -= 1;
+            let (mut sender, connection) =
+                hyper::client::conn::http1::handshake(TokioIo::new(self.connect().await?))
+                    .await
+                    .map_err(|source| ClientError::broken(name, source))?;
+            tokio::spawn(connection.with_upgrades());
+            match sender.send_request(request.clone()).await {
+                Err(_) if tries > 0 => {}
+                replied => return replied.map_err(|source| ClientError::broken(name, source)),
+            }
+        }
     }
 
     async fn connect(&self) -> Result<UnixStream, ClientError> {
