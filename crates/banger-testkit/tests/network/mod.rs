@@ -112,11 +112,9 @@ impl Machine {
 
     /// One device to the internet, which is one router that has all addresses; the host has two of its own.
     fn connect(&self) {
-        // Addresses of IPv6 are there at once, or what is on the host would change by itself.
-        sh(
-            "for dad in /proc/sys/net/ipv6/conf/[ad]*/accept_dad; do [ ! -e $dad ] || echo 0 >$dad; done; \
-            ip link add wan0 type veth peer name net0",
-        );
+        // No addresses of its own making: what is on the host must not change by itself.
+        sh("ip link add wan0 type veth peer name net0; \
+            for end in wan0 net0; do ip link set $end addrgenmode none; done");
         let internet = format!(
             "/proc/{}/fd/{}",
             std::process::id(),
