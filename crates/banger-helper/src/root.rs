@@ -63,16 +63,10 @@ fn report(settled: Result<Settled, HostOpError>, seldom: &mut Seldom) {
     };
     match settled {
         Ok(settled) => {
-            for instance in settled.repaired {
-                tell(format!("put the rules of instance {instance} right"));
-            }
-            for instance in settled.ended {
+            for instance in &settled.ended {
                 say(format_args!("instance {instance} has ended"));
             }
-            for (instance, error) in settled.failed {
-                let why = error_chain(&error);
-                tell(format!("cannot put instance {instance} right: {why}"));
-            }
+            settled.lines().into_iter().for_each(tell);
         }
         Err(error) => {
             tell(format!("cannot settle: {}", error_chain(&error)));

@@ -673,7 +673,7 @@ fn the_helper_repairs_what_is_flushed_also_after_it_was_killed() {
         wait_for("the rules", || rules() == whole);
     }
     let log = helper.log();
-    let lines = log.matches("put the rules of instance").count();
+    let lines = log.matches("they are repaired").count();
     // One at once, and one in each pause, however slow this machine is.
     let most = 1 + started.elapsed().as_secs() / seldom::PAUSE.as_secs();
     assert!((1..=most).contains(&(lines as u64)), "{log}");

@@ -77,19 +77,7 @@ fn report(settled: Result<Settled, HostOpError>, seldom: &mut Seldom) {
         }
     };
     match settled {
-        Ok(settled) => {
-            for instance in settled.repaired {
-                warn(format!(
-                    "somebody changed the rules of instance {instance} on the host; they are right again"
-                ));
-            }
-            for (instance, error) in settled.failed {
-                let error = error_chain(&error);
-                warn(format!(
-                    "the host differs from what instance {instance} asked for: {error}"
-                ));
-            }
-        }
+        Ok(settled) => settled.lines().into_iter().for_each(warn),
         Err(error) => warn(format!(
             "the host cannot be settled: {}",
             error_chain(&error)

@@ -8,6 +8,7 @@ use super::table::{self, Contents, Tables};
 use super::tag::Tag;
 use super::{closed, descriptor, forwarding, resolved, veth};
 use crate::crash::{operation, step};
+use crate::error_chain;
 use crate::net::host::HostOpError;
 use crate::net::links::{Link, Links};
 use crate::net::nft::Rules;
@@ -58,6 +59,22 @@ pub struct Settled {
     pub ended: Vec<InstanceId>,
     /// Those that could not be put right, and why.
     pub failed: Vec<(InstanceId, HostOpError)>,
+}
+
+impl Settled {
+    /// What the log should have of it, a line each. The same lines may come again and again.
+    pub fn lines(&self) -> Vec<String> {
+        let repaired = self.repaired.iter().map(|instance| {
+            format!(
+                "the rules of instance {instance} were not as they should be; they are repaired"
+            )
+        });
+        let failed = self.failed.iter().map(|(instance, error)| {
+            let error = error_chain(error);
+            format!("cannot settle what instance {instance} has on the host: {error}")
+        });
+        repaired.chain(failed).collect()
+    }
 }
 
 impl Host {
