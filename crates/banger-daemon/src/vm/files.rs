@@ -129,6 +129,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_held_lock_is_refused_with_the_verb_that_was_asked_for() {
+        let name = VmName::new("otter").unwrap();
+        let held = LockError::Held(PathBuf::from("/vms/1/vm.lock"));
+        let error = lock_error(&name, "reset", &held);
+        assert_eq!(error.code, ErrorCode::Unreachable);
+        assert_eq!(
+            error.message,
+            "cannot reset VM `otter`: another process holds its lock"
+        );
+        assert!(error.hints[0].contains("fuser -v /vms/1/vm.lock"));
+    }
+
+    #[test]
     fn a_vm_is_at_rest_when_its_lock_is_free_and_no_run_left_anything() {
         let folder = tempfile::tempdir().unwrap();
         let files = VmFiles {
