@@ -13,8 +13,8 @@ use banger_api::vm::{SetVm, Vm};
 /// Let guests reach the internet, or not
 ///
 /// A new VM has no NAT. With it, its guest reaches the public internet and nothing else: not the host, not other VMs,
-/// not the networks around, unless `--private` opens those too. A change holds at once, also for connections that are
-/// open.
+/// not the networks around, unless `--private` opens those too. A change takes effect at once, also for connections
+/// that are open.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum NatCommand {
     Up(UpArgs),

@@ -11,7 +11,8 @@ use banger_api::vm::Vm;
 
 /// Let VMs reach each other, or not
 ///
-/// VMs are closed to each other unless they are joined. A join is there until it is taken back, and holds at once.
+/// VMs are closed to each other unless they are joined. A join stays until it is removed, and takes effect at
+/// once.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum NetCommand {
     Join(JoinArgs),

@@ -25,7 +25,7 @@ pub(crate) enum PortCommand {
     Rm(RmArgs),
 }
 
-/// Publish ports of a VM; they hold at once
+/// Publish ports of a VM; they take effect at once
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   banger port add otter 8080:80                 http://127.0.0.1:8080 is port 80 of the guest

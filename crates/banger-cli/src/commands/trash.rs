@@ -11,7 +11,7 @@ use banger_api::vm::ListVms;
 
 /// See VMs that were deleted, and remove them permanently
 ///
-/// `banger vm undelete` brings one back. Those that have been there long enough are removed by themselves (`[trash]
+/// `banger vm undelete` brings one back. Those that have been there long enough are removed automatically (`[trash]
 /// keep` in the settings).
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum TrashCommand {

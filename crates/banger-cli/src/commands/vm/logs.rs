@@ -9,12 +9,12 @@ use banger_api::endpoint::GetVmLogs;
 use banger_api::vm::{LogSource, ReadLog};
 use std::io::IsTerminal as _;
 
-/// Print what a VM's console said
+/// Print the log of a VM's console
 ///
 /// On a terminal, control characters are shown instead of sent; elsewhere the bytes come as they are.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  banger vm logs otter -f      Follow the console\n  banger vm logs --vmm otter   What the VMM said"
+    after_help = "Examples:\n  banger vm logs otter -f      Follow the console\n  banger vm logs --vmm otter   The log of the VMM"
 )]
 pub(crate) struct LogsArgs {
     /// The VM, by name, id or unambiguous prefix
@@ -23,7 +23,7 @@ pub(crate) struct LogsArgs {
     /// Go on with what comes
     #[arg(short, long)]
     follow: bool,
-    /// Print what the VMM and its shim said instead
+    /// Print the log of the VMM and its shim instead
     #[arg(long)]
     vmm: bool,
     /// Do not escape control characters, also on a terminal
