@@ -354,3 +354,19 @@ fn no_file_names_a_package_host() {
         .collect();
     assert_none(wrong, "names a package host");
 }
+
+/// Tables aside, which cannot be broken.
+#[test]
+fn no_comment_is_wider_than_120_columns() {
+    let is_comment = |line: &str| {
+        let comment = line.trim_start();
+        comment.starts_with("//") && !comment.trim_start_matches(['/', '!', ' ']).starts_with('|')
+    };
+    let too_wide = |line: &&str| line.chars().count() > 120;
+    let mut wrong = Vec::new();
+    for (name, text) in sources() {
+        let lines = text.lines().filter(|line| is_comment(line));
+        wrong.extend(lines.filter(too_wide).map(|line| format!("{name}: {line}")));
+    }
+    assert_none(wrong, "is wider than 120 columns");
+}

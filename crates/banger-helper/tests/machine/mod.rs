@@ -55,8 +55,8 @@ pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// Damages by a line of shell, and waits for the repair. It comes within a second: by the first damage, or on a machine that was busy with
-/// something else by one of the next.
+/// Damages by a line of shell, and waits for the repair. It comes within a second: by the first damage, or on a machine
+/// that was busy with something else by one of the next.
 #[track_caller]
 pub(crate) fn repaired_within_a_second(what: &str, damage: &str, whole: &dyn Fn() -> bool) {
     let mut took = Vec::new();
