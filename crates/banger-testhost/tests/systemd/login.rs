@@ -60,7 +60,7 @@ impl Login {
         let lines = self.lines.as_mut().unwrap();
         writeln!(
             lines,
-            "{{ {line}\n}} < /dev/null 2> /tmp/otter.stderr; echo; echo {END}$?"
+            "{{ {line}\n}} < /dev/null 2> /tmp/otter.stderr; status=$?; echo; echo {END}$status"
         )
         .unwrap();
         let mut stdout = String::new();
