@@ -124,12 +124,14 @@ pub struct CreateVm {
     pub ports: Vec<PublishedPort>,
     /// Start it when the host boots, if it was to run.
     pub autostart: bool,
+    /// How much CPU time it may take, in per cent of one CPU, 10 to 10000; without it there is no limit.
+    pub cpu_limit: Option<u64>,
     /// Start it at once.
     pub start: bool,
 }
 
-/// A change of a VM; what is missing stays. Name, NAT and autostart can be changed whatever it does, the rest only
-/// while it is stopped.
+/// A change of a VM; what is missing stays. Name, NAT, autostart and the limit of CPU time can be changed whatever it
+/// does, the rest only while it is stopped.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SetVm {
@@ -149,6 +151,8 @@ pub struct SetVm {
     pub nat_private: Option<bool>,
     /// Whether it starts when the host boots.
     pub autostart: Option<bool>,
+    /// How much CPU time it may take, in per cent of one CPU, 10 to 10000; 0 is no limit.
+    pub cpu_limit: Option<u64>,
     /// The generation that the change is based on; another one now is a conflict.
     pub generation: Option<u64>,
 }

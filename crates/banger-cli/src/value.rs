@@ -4,7 +4,7 @@ use crate::report::Failure;
 use banger_api::error::ErrorCode;
 use banger_api::network::ClosePort;
 use banger_core::publish::PublishedPort;
-use banger_core::size::{DiskBytes, MemoryMib, SizeError, VcpuCount};
+use banger_core::size::{CpuLimit, DiskBytes, MemoryMib, SizeError, VcpuCount};
 use std::path::Path;
 use std::time::Duration;
 
@@ -40,6 +40,12 @@ pub(crate) fn memory_mib(text: &str) -> Result<u64, SizeError> {
 /// Reads the size of a disk as bytes.
 pub(crate) fn disk_bytes(text: &str) -> Result<u64, SizeError> {
     DiskBytes::parse(text).map(u64::from)
+}
+
+/// Reads a limit of CPU time as per cent of one CPU; 0 is no limit.
+pub(crate) fn cpu_limit(text: &str) -> Result<u64, SizeError> {
+    let limit = CpuLimit::parse(text)?;
+    Ok(limit.map_or(0, u64::from))
 }
 
 /// Why a place of a published port cannot be read.

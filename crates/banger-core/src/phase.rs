@@ -40,6 +40,8 @@ pub enum StartStep {
     OpenFiles,
     /// Lease a port of the bridge from the network.
     LeasePort,
+    /// Have systemd make a scope for the shim, where there is a systemd.
+    MakeScope,
     /// Write config drive, VMM configuration and attempt file.
     WriteBoot,
     /// Spawn the shim, which starts the VMM.
@@ -50,11 +52,12 @@ pub enum StartStep {
 
 impl StartStep {
     /// All steps, in order.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::TakeLock,
         Self::StoreDesired,
         Self::OpenFiles,
         Self::LeasePort,
+        Self::MakeScope,
         Self::WriteBoot,
         Self::LaunchShim,
         Self::ProveLife,
@@ -67,6 +70,7 @@ impl StartStep {
             Self::StoreDesired => "store-desired",
             Self::OpenFiles => "open-files",
             Self::LeasePort => "lease-port",
+            Self::MakeScope => "make-scope",
             Self::WriteBoot => "write-boot",
             Self::LaunchShim => "launch-shim",
             Self::ProveLife => "prove-life",

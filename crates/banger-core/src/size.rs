@@ -18,6 +18,12 @@ pub enum SizeError {
     /// The size of a disk or overlay is out of range.
     #[error("a disk of {0} bytes asked for; 64 MiB to 16 TiB are allowed")]
     Disk(u64),
+    /// The limit of CPU time is out of range.
+    #[error("a limit of {0} % of one CPU asked for; 10 to 10000 are allowed")]
+    CpuLimit(u64),
+    /// The text cannot be read as a limit of CPU time.
+    #[error("`{}` is not a limit; write per cent of one CPU, such as 150%, or none", .0.escape_debug())]
+    UnreadableLimit(String),
 }
 
 /// Reads `8G`, `512M`, `64K`, `1T`, `8GiB`, or a plain number of `unit` bytes. All units are powers of 1024.
@@ -93,6 +99,31 @@ bounded!(
     DiskBytes(u64), ((64 << 20)..=(16 << 40)), SizeError::Disk
 );
 
+bounded!(
+    /// How much CPU time a VM may take, in per cent of one CPU, 10 to 10000.
+    CpuLimit(u32), (10..=10_000), SizeError::CpuLimit
+);
+
+impl CpuLimit {
+    /// Reads `150%` or `150`; `none` is no limit.
+    pub fn parse(text: &str) -> Result<Option<Self>, SizeError> {
+        if text == "none" {
+            return Ok(None);
+        }
+        let digits = text.strip_suffix('%').unwrap_or(text);
+        let number = digits.bytes().all(|byte| byte.is_ascii_digit());
+        let number = number.then(|| digits.parse().ok()).flatten();
+        let number = number.ok_or_else(|| SizeError::UnreadableLimit(text.to_owned()))?;
+        Self::new(number).map(Some)
+    }
+}
+
+impl std::fmt::Display for CpuLimit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}%", self.0)
+    }
+}
+
 impl MemoryMib {
     /// Reads `1024` (MiB) or `2G`.
     pub fn parse(text: &str) -> Result<Self, SizeError> {
@@ -129,6 +160,21 @@ mod tests {
                 "{bad}"
             );
         }
+    }
+
+    #[test]
+    fn limits_are_in_per_cent() {
+        let parsed = |text: &str| CpuLimit::parse(text).map(|limit| limit.map(CpuLimit::get));
+        assert_eq!(parsed("150%"), Ok(Some(150)));
+        assert_eq!(parsed("10"), Ok(Some(10)));
+        assert_eq!(parsed("none"), Ok(None));
+        assert_eq!(parsed("9%"), Err(SizeError::CpuLimit(9)));
+        assert_eq!(parsed("10001%"), Err(SizeError::CpuLimit(10_001)));
+        for bad in ["", "%", "1.5", "-20%", "20%%", "+20", "None", "20 %"] {
+            let error = SizeError::UnreadableLimit(bad.to_owned());
+            assert_eq!(parsed(bad), Err(error), "{bad}");
+        }
+        assert_eq!(CpuLimit::new(20).unwrap().to_string(), "20%");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use crate::id::{ImageId, KernelId, VmId};
 use crate::publish::{Protocol, PublishedPort};
-use crate::size::{DiskBytes, MemoryMib, VcpuCount};
+use crate::size::{CpuLimit, DiskBytes, MemoryMib, VcpuCount};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -191,6 +191,9 @@ pub struct VmSpec {
     /// Started when the host boots, if it was to run.
     #[serde(default)]
     pub autostart: bool,
+    /// How much CPU time its VMM may take, in per cent of one CPU, if that is limited.
+    #[serde(default)]
+    pub cpu_limit: Option<CpuLimit>,
 }
 
 /// A change of a spec; what is `None` stays.
@@ -228,6 +231,8 @@ pub struct LivePatch {
     pub leave: Option<VmId>,
     /// Whether it starts when the host boots.
     pub autostart: Option<bool>,
+    /// How much CPU time its VMM may take, or that there is no limit.
+    pub cpu_limit: Option<Option<CpuLimit>>,
 }
 
 impl VmSpecPatch {
@@ -248,6 +253,7 @@ impl VmSpec {
         spec.nat = live.nat.unwrap_or(spec.nat);
         spec.nat_private = live.nat_private.unwrap_or(spec.nat_private);
         spec.autostart = live.autostart.unwrap_or(spec.autostart);
+        spec.cpu_limit = live.cpu_limit.unwrap_or(spec.cpu_limit);
         spec.ports.extend(live.publish.clone());
         if let Some(closed) = live.unpublish {
             spec.ports
@@ -341,10 +347,18 @@ mod tests {
             "driver": "auto", "storage": "copy", "nat": true,
         });
         let spec: VmSpec = serde_json::from_value(before).unwrap();
-        assert!(spec.nat && !spec.nat_private);
+        assert!(spec.nat && !spec.nat_private && spec.cpu_limit.is_none());
         let mut patch = VmSpecPatch::default();
         patch.live.nat_private = Some(true);
         assert!(patch.is_live() && spec.patched(&patch).nat_private);
+        let limit = CpuLimit::new(150).ok();
+        patch.live.cpu_limit = Some(limit);
+        let limited = spec.patched(&patch);
+        assert!(patch.is_live() && limited.cpu_limit == limit);
+        patch.live.cpu_limit = Some(None);
+        assert_eq!(limited.patched(&patch).cpu_limit, None);
+        patch.live.cpu_limit = None;
+        assert_eq!(limited.patched(&patch).cpu_limit, limit);
     }
 
     #[test]

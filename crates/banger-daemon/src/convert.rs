@@ -9,7 +9,7 @@ use banger_api::vm::{SetVm, Vm};
 use banger_core::decide::{Deny, Request};
 use banger_core::name::VmName;
 use banger_core::publish::PublishedPort;
-use banger_core::size::{DiskBytes, MemoryMib, SizeError, VcpuCount};
+use banger_core::size::{CpuLimit, DiskBytes, MemoryMib, SizeError, VcpuCount};
 use banger_core::spec::{BootPatch, LivePatch, VmSpecPatch};
 use banger_image::image::ImageManifest;
 use banger_image::kernel::KernelManifest;
@@ -67,6 +67,18 @@ pub(crate) fn disk(value: u64) -> Result<DiskBytes, ErrorBody> {
     DiskBytes::new(value).map_err(|error| invalid(&error))
 }
 
+/// What may be asked for of a VM that is there: 0 takes its limit away.
+fn cpu_limit(value: u64) -> Result<Option<CpuLimit>, ErrorBody> {
+    match value {
+        0 => Ok(None),
+        value => cpu_limit_of_new(value).map(Some),
+    }
+}
+
+pub(crate) fn cpu_limit_of_new(value: u64) -> Result<CpuLimit, ErrorBody> {
+    CpuLimit::new(value).map_err(|error| invalid(&error))
+}
+
 /// A published port has a place on the host.
 pub(crate) fn published(port: &PublishedPort) -> Result<(), ErrorBody> {
     if port.listen.port() != 0 {
@@ -98,6 +110,7 @@ fn patch(request: &SetVm) -> Result<VmSpecPatch, ErrorBody> {
             nat: request.nat,
             nat_private: request.nat_private,
             autostart: request.autostart,
+            cpu_limit: request.cpu_limit.map(cpu_limit).transpose()?,
             ..LivePatch::default()
         },
     })

@@ -87,6 +87,10 @@ pub(crate) fn draft(
     };
     let (storage, storage_reason) =
         storage::choose(world, storage).map_err(|error| storage::impossible(&error))?;
+    let cpu_limit = request
+        .cpu_limit
+        .map(convert::cpu_limit_of_new)
+        .transpose()?;
     if request.start {
         // What cannot run is not created.
         let vmlinux = world
@@ -111,6 +115,7 @@ pub(crate) fn draft(
         ports,
         joins: BTreeSet::new(),
         autostart: request.autostart,
+        cpu_limit,
     };
     Ok(Draft {
         id,

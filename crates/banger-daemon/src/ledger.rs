@@ -3,8 +3,8 @@
 use crate::network::network_error;
 use crate::registry;
 use crate::server::App;
-use crate::vm::Ask;
 use crate::vm::files::VmFiles;
+use crate::vm::{Ask, scope};
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::host::{CleanHost, HostObject, Mended};
 use banger_core::decide::Request;
@@ -64,8 +64,13 @@ pub(crate) async fn list(app: &App) -> Result<Vec<HostObject>, ErrorBody> {
         let view = handle.latest();
         let live = view.phase.is_live();
         let name = view.record.name.to_string();
+        let mut groups = BTreeSet::new();
         for pid in holders {
             add("process", describe(pid), name.clone(), live);
+            groups.extend(scope::of(pid));
+        }
+        for group in groups {
+            add("cgroup", group, name.clone(), live);
         }
         by_tap.insert(handle.id.tap_name(), (name, live));
     }

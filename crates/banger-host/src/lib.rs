@@ -8,6 +8,7 @@ pub mod op;
 pub mod probe;
 pub mod seldom;
 pub mod storage;
+pub mod systemd;
 
 /// An error and its causes on one line, joined by `: `.
 pub fn error_chain(error: &dyn std::error::Error) -> String {

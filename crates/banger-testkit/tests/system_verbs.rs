@@ -12,6 +12,7 @@ use rustix::thread::UnshareFlags;
 use serde_json::Value;
 use std::net::TcpListener;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 /// A world on a host of its own, which is this thread's and that of what it starts.
@@ -245,6 +246,59 @@ fn nat_holds_at_once_and_is_gone_with_the_vm() {
     assert_eq!(up, "otter: NAT is on from its next start\n");
     env.ok(&["vm", "set", "otter", "--nat", "off"]);
     assert_eq!(env.vm("otter")["spec"]["nat"], false);
+}
+
+#[test]
+#[ignore = "system test"]
+fn a_limit_that_nobody_holds_is_refused_and_a_scope_that_fails_is_told() {
+    let test = "a_limit_that_nobody_holds_is_refused_and_a_scope_that_fails_is_told";
+    let Some(env) = world(test) else {
+        return;
+    };
+    let says = "the CPU limit of VM `otter`, 50%, would not hold";
+    let create = [
+        "vm",
+        "create",
+        "--wait",
+        "--name",
+        "otter",
+        "--cpu-limit",
+        "50%",
+    ];
+    assert_refused(&env.banger(&[&create[..], &SIZE].concat()), 10, says);
+    assert_eq!(state(&env.vm("otter")), "stopped");
+    env.ok(&["vm", "set", "otter", "--cpu-limit", "none"]);
+    env.ok(&["vm", "start", "otter"]);
+    let layers = |env: &TestEnv| {
+        let attempt = &env.vm("otter")["attempt"];
+        attempt["sandbox"].to_string() + &attempt["sandbox_missing"].to_string()
+    };
+    // Without systemd there is nothing to say of it.
+    assert!(!layers(&env).contains("cgroup"));
+    let set = ["vm", "set", "otter", "--cpu-limit", "50%"];
+    assert_refused(&env.banger(&set), 10, says);
+    let limit = |env: &TestEnv| env.vm("otter")["spec"]["cpu_limit"].clone();
+    assert!(limit(&env).is_null());
+    env.ok(&["vm", "kill", "otter"]);
+    env.ok(&set);
+    assert_eq!(limit(&env), 50);
+    let shown = env.ok(&["vm", "show", "otter"]);
+    assert!(shown.contains("cpu limit   50%\n"), "{shown}");
+    assert_refused(&env.banger(&["vm", "start", "otter"]), 10, says);
+    env.ok(&["vm", "set", "otter", "--cpu-limit", "none"]);
+
+    // One that takes every connection and answers nobody.
+    let runtime = match rustix::process::geteuid().is_root() {
+        true => Path::new("/run").to_owned(),
+        false => env.folder().join("runtime"),
+    };
+    std::fs::create_dir(runtime.join("systemd")).unwrap();
+    let broken = UnixListener::bind(runtime.join("systemd/private")).unwrap();
+    std::thread::spawn(move || broken.incoming().for_each(drop));
+    env.ok(&["vm", "start", "otter"]);
+    assert!(layers(&env).contains("cgroup: cannot talk to systemd at"));
+    let why = env.ok(&["vm", "why", "otter"]);
+    assert!(why.contains("lacks its layer `cgroup`"), "{why}");
 }
 
 #[test]

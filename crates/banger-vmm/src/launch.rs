@@ -109,6 +109,11 @@ pub fn spawn(shim_program: &Path) -> Result<Waiting, SpawnError> {
 }
 
 impl Waiting {
+    /// The shim's process id; `None` only after it was launched.
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
     /// Gives the shim `launch` and the descriptors that it names, and waits for its answer (at most 20 seconds).
     ///
     /// The child outlives its parent. A living parent should wait for it, or it stays a zombie; one whose launch

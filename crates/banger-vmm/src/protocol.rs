@@ -91,6 +91,9 @@ pub struct Launch {
     pub control: Control,
     /// What it may reach.
     pub sandbox: Sandbox,
+    /// What became of [`Layer::Cgroup`](crate::sandbox::Layer::Cgroup), where there is somebody to ask for it.
+    #[serde(default)]
+    pub cgroup: Option<Applied>,
     /// The shim's own socket. Sockets are bound and connected through `/proc/self/fd` of their folder, so that
     /// their length does not matter.
     pub shim_socket: PathBuf,

@@ -66,6 +66,8 @@ pub enum Layer {
     Capabilities,
     /// The kernel's second look at each file it opens, by path.
     Landlock,
+    /// A cgroup of its own and the shim's, by a scope of systemd's. Whoever starts the shim sees to it.
+    Cgroup,
 }
 
 impl Layer {
@@ -79,6 +81,7 @@ impl Layer {
             Self::Network => "network",
             Self::Capabilities => "capabilities",
             Self::Landlock => "landlock",
+            Self::Cgroup => "cgroup",
         }
     }
 }

@@ -155,6 +155,7 @@ pub(super) fn write_boot(
         args: plan.args,
         control: plan.control,
         sandbox: plan.sandbox,
+        cgroup: None,
         shim_socket: files.shim_socket(),
         console: Ring {
             path: files.console(),

@@ -12,9 +12,10 @@ use crate::storage::{self, Layer};
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_core::name::VmName;
 use banger_core::publish::PublishedPort;
-use banger_core::size::DiskBytes;
+use banger_core::size::{CpuLimit, DiskBytes};
 use banger_core::spec::Storage;
 use banger_vmm::lock::{Locked, try_lock};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -24,8 +25,8 @@ impl Actor {
         answer_to(reply, answer.map(|()| self.view.borrow().clone()));
     }
 
-    /// The network of a live VM first, since it may refuse; then the record. Whoever dies in between leaves a network
-    /// that the next daemon brings back to the record.
+    /// The network of a live VM first, and its limit, since they may be refused; then the record. Whoever dies in
+    /// between leaves what the next daemon brings back to the record.
     async fn changed(&mut self, ask: &Ask) -> Result<(), ErrorBody> {
         let change = &ask.change;
         if let Some(generation) = change.generation
@@ -60,7 +61,11 @@ impl Actor {
         }
         let named = Part::named(&change.patch.live);
         let live = matches!(self.run, Run::Live(_));
+        let limit = change.patch.live.cpu_limit;
         if changed == *self.record {
+            if let Some(limit) = limit {
+                self.limit_cpu(limit).await?;
+            }
             if live && !named.is_empty() {
                 // It is wanted already, and may not be there any more.
                 let applied = self.world.network.apply(changed.port_plan(), named).await;
@@ -77,6 +82,12 @@ impl Actor {
             applied.map_err(|error| network_error(&error))?;
         }
         point("set", "network", Side::After);
+        if let Some(limit) = limit
+            && let Err(error) = self.limit_cpu(limit).await
+        {
+            self.take_back(live && networked, named, None).await;
+            return Err(error);
+        }
         point("set", "record", Side::Before);
         let (spec, name) = (changed.spec.clone(), changed.name.clone());
         let stored = self
@@ -90,16 +101,7 @@ impl Actor {
             .await;
         point("set", "record", Side::After);
         if let Err(error) = stored {
-            if live
-                && networked
-                && let Err(error) = self
-                    .world
-                    .network
-                    .apply(self.record.port_plan(), named)
-                    .await
-            {
-                tracing::warn!(vm = %self.record.id, error = banger_host::error_chain(&error), "the network is not as recorded");
-            }
+            self.take_back(live && networked, named, limit).await;
             return Err(error);
         }
         if renamed {
@@ -109,6 +111,29 @@ impl Actor {
         }
         self.publish(|_| {});
         Ok(())
+    }
+
+    /// Brings a live VM back to what is recorded, after a change that was not.
+    async fn take_back(
+        &mut self,
+        networked: bool,
+        named: BTreeSet<Part>,
+        limited: Option<Option<CpuLimit>>,
+    ) {
+        if networked
+            && let Err(error) = self
+                .world
+                .network
+                .apply(self.record.port_plan(), named)
+                .await
+        {
+            tracing::warn!(vm = %self.record.id, error = banger_host::error_chain(&error), "the network is not as recorded");
+        }
+        if limited.is_some()
+            && let Err(error) = self.limit_cpu(self.record.spec.cpu_limit).await
+        {
+            tracing::warn!(vm = %self.record.id, error = error.message, "the limit of CPU time is not as recorded");
+        }
     }
 
     /// Pins the image, unless it is gone by now, and throws the overlay of the old one away. The VM's requests come one

@@ -14,6 +14,7 @@ mod ending;
 pub(crate) mod files;
 mod link;
 mod recover;
+pub(crate) mod scope;
 mod start_plan;
 mod starting;
 mod stop_reason;

@@ -76,6 +76,7 @@ impl Actor {
                 .await;
         }
         self.take_network_over(Some(shim)).await;
+        self.settle_cpu_limit().await;
         if self.record.desired == Desired::Off {
             self.stop_after_all().await;
         }

@@ -1,10 +1,10 @@
-//! The plan of a start: steps, each announced and noted in the journal. Three of them run side by side. The plan undoes
+//! The plan of a start: steps, each announced and noted in the journal. Some of them run side by side. The plan undoes
 //! nothing: after a failure its caller tears down ([`super::teardown::unwind`]).
 
-use super::AttemptFile;
 use super::boot_material::{Opened, open_files, write_boot};
 use super::files::{self, VmFiles};
 use super::link::Link;
+use super::{AttemptFile, scope};
 use crate::crash::{Side, point};
 use crate::images::store_error;
 use crate::network::{Lease, network_error};
@@ -13,9 +13,11 @@ use crate::world::World;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_core::name::VmName;
 use banger_core::phase::StartStep;
+use banger_host::systemd::Systemd;
 use banger_vmm::launch::{self, SpawnError, Waiting};
 use banger_vmm::lock::{Locked, try_lock};
 use banger_vmm::protocol::{Descriptor, Launch, Launched, Status};
+use banger_vmm::sandbox::Applied;
 use std::os::fd::AsFd;
 use std::process::Child;
 use std::sync::Arc;
@@ -41,6 +43,12 @@ pub(super) struct StartError {
     pub(super) cancelled: bool,
 }
 
+/// A shim that waits for its launch, and what became of its cgroup.
+struct Placed {
+    waiting: Result<Waiting, SpawnError>,
+    cgroup: Option<Applied>,
+}
+
 /// What a start works on.
 pub(super) struct StartPlan {
     pub(super) world: Arc<World>,
@@ -64,22 +72,23 @@ impl StartPlan {
         let program = self.world.programs.shim.clone();
         let waiting = tokio::task::spawn_blocking(move || launch::spawn(&program));
         let lock = self.step(StartStep::TakeLock, self.take_lock()).await?;
-        // The three wait for different things: the disk, the network's actor, files. Each is waited for, also after
+        // They wait for different things: the disk, the network's actor, files, systemd. Each is waited for, also after
         // another has failed, so that a teardown meets nothing half done.
-        let (stored, lease, boot) = tokio::join!(
+        let (stored, lease, boot, placed) = tokio::join!(
             self.store_desired(),
             self.step(StartStep::LeasePort, self.lease_port()),
             async {
                 let opened = self.step(StartStep::OpenFiles, self.open_files()).await?;
                 self.step(StartStep::WriteBoot, self.write_boot(&opened))
                     .await
-            }
+            },
+            self.place(waiting)
         );
-        let ((), lease, (attempt, launched)) = (stored?, lease?, boot?);
+        let ((), lease, (attempt, launched), placed) = (stored?, lease?, boot?, placed?);
         let shim = self
             .step(
                 StartStep::LaunchShim,
-                self.launch(waiting, lock, lease, launched),
+                self.launch(placed, lock, lease, launched),
             )
             .await?;
         let connected = self.step(StartStep::ProveLife, self.prove_life()).await;
@@ -179,16 +188,39 @@ impl StartPlan {
         blocking(move || write_boot(&world, &record, &files, &opened, asked_at)).await?
     }
 
-    async fn launch(
+    /// Puts the waiting shim into a scope of its own, where there is a systemd; without one, and without a limit to
+    /// enforce, this is no step.
+    async fn place(
         &self,
         waiting: JoinHandle<Result<Waiting, SpawnError>>,
+    ) -> Result<Placed, StartError> {
+        let waiting = waiting.await.map_err(|error| StartError {
+            step: StartStep::LaunchShim,
+            error: ErrorBody::from_error(ErrorCode::Internal, &error),
+            cancelled: false,
+        })?;
+        let systemd = Systemd::nearest();
+        let shim = waiting.as_ref().ok().and_then(Waiting::pid);
+        let cgroup = match shim {
+            Some(shim) if systemd.is_some() || self.record.spec.cpu_limit.is_some() => {
+                let (instance, record) = (self.world.instance.id, Arc::clone(&self.record));
+                let make = blocking(move || scope::make(systemd.as_ref(), instance, &record, shim));
+                self.step(StartStep::MakeScope, async { make.await? })
+                    .await?
+            }
+            // That the shim did not start is reported by the step that needs it.
+            _ => None,
+        };
+        Ok(Placed { waiting, cgroup })
+    }
+
+    async fn launch(
+        &self,
+        Placed { waiting, cgroup }: Placed,
         lock: Locked,
         lease: Lease,
         prepared: Launch,
     ) -> Result<Child, ErrorBody> {
-        let waiting = waiting
-            .await
-            .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
         let name = self.record.name.clone();
         blocking(move || {
             let mut roles = vec![Descriptor::Lock, Descriptor::Keepalive];
@@ -201,6 +233,7 @@ impl StartPlan {
             descriptors.push(lease.network_namespace.as_fd());
             let launch = Launch {
                 descriptors: roles,
+                cgroup,
                 ..prepared
             };
             let failed = |message: String| {

@@ -55,6 +55,9 @@ fn host_and_guests_know_each_other_by_name_in_helper_and_in_root_mode_also_after
     ));
     let heron = root(&format!("{ROOT} vm show heron --json"));
     let heron: serde_json::Value = serde_json::from_str(&heron).unwrap();
+    let vmm = &heron["attempt"]["vmm_pid"];
+    let group = std::fs::read_to_string(format!("/proc/{vmm}/cgroup")).unwrap();
+    assert!(group.starts_with("0::/banger.slice/banger-"), "{group}");
     let heron = heron["address"].as_str().unwrap().to_owned();
     eventually("root's guest has a name", || finds("heron", &heron));
     finds("calm", &calm).expect("both have their names");

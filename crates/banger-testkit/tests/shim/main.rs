@@ -124,6 +124,7 @@ impl Vm {
             args: plan.args,
             control: plan.control,
             sandbox: plan.sandbox,
+            cgroup: None,
             shim_socket: self.run_dir().join("shim.sock"),
             console: ring("console.log"),
             log: ring("vmm.log"),

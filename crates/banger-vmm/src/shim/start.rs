@@ -87,13 +87,14 @@ pub(super) fn start(
     let watch = watch(&folder).ok();
 
     let started = Instant::now();
-    let (child, applied) = match spawn(&launch, entered) {
+    let (child, mut applied) = match spawn(&launch, entered) {
         Ok(spawned) => spawned,
         Err(error) => {
             remove_sockets(&launch, &agent);
             return Err(format!("cannot start `{}`: {error}", launch.program.display()).into());
         }
     };
+    applied.extend(launch.cgroup.clone());
     // Only now: an ignored signal is inherited, and the VMM must hear SIGTERM.
     ignore_signals();
     let files = Files {

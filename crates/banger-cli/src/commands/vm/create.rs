@@ -70,6 +70,9 @@ pub(crate) struct CreateArgs {
     /// Start it when the host boots, if it was running before
     #[arg(long)]
     autostart: bool,
+    /// How much CPU time it may take, in per cent of one CPU (default: no limit)
+    #[arg(long, value_name = "PERCENT", value_parser = value::cpu_limit)]
+    cpu_limit: Option<u64>,
     /// Do not start it
     #[arg(long, conflicts_with = "wait")]
     no_start: bool,
@@ -186,6 +189,8 @@ fn request(args: &CreateArgs) -> CreateVm {
         nat_private: args.nat_private,
         ports: args.publish.clone(),
         autostart: args.autostart,
+        // `none` is what it has without.
+        cpu_limit: args.cpu_limit.filter(|limit| *limit > 0),
         start: !args.no_start,
     }
 }
@@ -246,11 +251,15 @@ mod tests {
             "--publish",
             "0.0.0.0:53:5353/udp",
             "--autostart",
+            "--cpu-limit",
+            "150%",
         ];
         let request = parse(&words).unwrap();
         let ports: Vec<String> = request.ports.iter().map(ToString::to_string).collect();
         assert_eq!(ports, ["127.0.0.1:8080:80/tcp", "0.0.0.0:53:5353/udp"]);
         assert!(request.nat && request.nat_private && request.autostart);
+        assert_eq!(request.cpu_limit, Some(150));
+        assert_eq!(parse(&["--cpu-limit", "none"]).unwrap().cpu_limit, None);
     }
 
     #[test]

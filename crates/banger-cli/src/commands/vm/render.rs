@@ -196,6 +196,12 @@ pub(super) fn details(vm: &Vm, now: Option<&VmNetwork>) -> String {
         ("kernel", named(&vm.kernel_name, vm.spec.kernel.to_string())),
         ("vcpus", vm.spec.vcpus.get().to_string()),
         ("memory", memory(vm)),
+        (
+            "cpu limit",
+            vm.spec
+                .cpu_limit
+                .map_or_else(|| "none".to_owned(), |limit| limit.to_string()),
+        ),
         ("overlay", value::bytes(vm.spec.overlay_bytes.get())),
         (
             "disk",
@@ -353,6 +359,7 @@ pub(crate) mod tests {
         kernel      0198c2a4-1111-7b3a-9c4d-1f2e3d4c5b6a
         vcpus       2
         memory      1 GiB
+        cpu limit   none
         overlay     8 GiB
         disk        none
         storage     overlay (asked for)

@@ -15,17 +15,18 @@ use clap::ValueEnum;
 
 /// Change a VM
 ///
-/// Name, NAT and autostart change at once, whatever it does; the rest needs it stopped.
+/// Name, NAT, autostart and the limit of CPU time change at once, whatever it does; the rest needs it stopped.
 #[derive(Debug, clap::Args)]
 #[command(override_usage = "banger vm set [OPTIONS] <NAME>")]
 #[command(group = clap::ArgGroup::new("change")
-    .args(["vcpu", "memory", "name", "image", "disk_size", "nat", "nat_private", "autostart"])
+    .args(["vcpu", "memory", "name", "image", "disk_size", "nat", "nat_private", "autostart", "cpu_limit"])
     .required(true)
     .multiple(true))]
 #[command(after_help = "Examples:
   banger vm set otter --vcpu 4 --memory 4G
   banger vm set otter --name calm-otter     Its host name follows at the next boot
   banger vm set otter --disk-size 32G       Grow its work disk; a disk never shrinks
+  banger vm set otter --cpu-limit 150%      At most one and a half CPUs of this host (`none` ends it)
   banger vm set otter --image web           Boot another image: what it wrote to `/` is thrown away")]
 pub(crate) struct SetArgs {
     /// The VM, by name, id or unambiguous prefix
@@ -56,6 +57,9 @@ pub(crate) struct SetArgs {
     /// Whether it starts when the host boots, if it was running before
     #[arg(long, value_enum)]
     autostart: Option<Switch>,
+    /// How much CPU time it may take, in per cent of one CPU; `none` takes the limit away
+    #[arg(long, value_name = "PERCENT", value_parser = value::cpu_limit)]
+    cpu_limit: Option<u64>,
     #[command(flatten)]
     confirm: ConfirmArgs,
     #[command(flatten)]
@@ -117,6 +121,7 @@ fn request(args: &SetArgs) -> SetVm {
         nat: args.nat.map(on),
         nat_private: args.nat_private.map(on),
         autostart: args.autostart.map(on),
+        cpu_limit: args.cpu_limit,
         generation: None,
     }
 }
@@ -152,6 +157,10 @@ mod tests {
         assert_eq!(request.image.as_deref(), Some("web"));
         let request = parse(&["--nat-private", "on"]).unwrap();
         assert_eq!((request.nat, request.nat_private), (None, Some(true)));
+        for (text, limit) in [("150%", 150), ("20", 20), ("none", 0)] {
+            let request = parse(&["--cpu-limit", text]).unwrap();
+            assert_eq!(request.cpu_limit, Some(limit));
+        }
     }
 
     #[test]
@@ -159,5 +168,9 @@ mod tests {
         assert_eq!(parse(&[]).unwrap_err().exit_code(), 2);
         assert_eq!(parse(&["--yes"]).unwrap_err().exit_code(), 2);
         assert_eq!(parse(&["--nat", "maybe"]).unwrap_err().exit_code(), 2);
+        for bad in ["9%", "much", "0"] {
+            let error = parse(&["--cpu-limit", bad]).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+        }
     }
 }
