@@ -1,6 +1,6 @@
 //! Puts the programs where the system looks for them, and takes them away.
 
-use crate::command::{command, run};
+use crate::command::{capture, command, find, run};
 use crate::dist::{Profile, place, write};
 use crate::failure::{Failure, Result};
 use crate::layout::{PROGRAMS, root};
@@ -20,6 +20,14 @@ const UNITS_TO: &str = "lib/systemd/system";
 const USER_UNITS: [&str; 2] = ["bangerd.service", "banger-guests.service"];
 const USER_UNITS_FROM: &str = "crates/banger-daemon/units";
 const USER_UNITS_TO: &str = "lib/systemd/user";
+/// What lets the keeper make user namespaces where AppArmor lets nobody else, in the checkout.
+const PROFILE: &str = "crates/banger-helper/apparmor/banger-netns";
+/// Where profiles are, below `$DESTDIR` and whatever the prefix.
+const PROFILES_TO: &str = "etc/apparmor.d";
+/// There is this, among them, where AppArmor is new enough to restrict user namespaces, and to read the profile.
+const PROFILE_ABI: &str = "abi/4.0";
+/// What AppArmor says of itself, where the kernel has it.
+const APPARMOR_ENABLED: &str = "/sys/module/apparmor/parameters/enabled";
 /// What the helper remembers of the host.
 const REMEMBERED: &str = "/run/banger";
 /// The one file in it that is no instance's.
@@ -76,6 +84,10 @@ pub(crate) fn install(prefix: &str) -> Result<()> {
     for path in install_units(prefix, &destination(prefix)?)? {
         println!("{}", path.display());
     }
+    if let Some(profile) = install_profile(prefix, &top())? {
+        println!("{}", profile.display());
+        load_profile("-r", &profile);
+    }
     if is_live(prefix) {
         systemctl(&["daemon-reload"])?;
         systemctl(&["enable", "--now", UNITS[0]])?;
@@ -89,7 +101,9 @@ pub(crate) fn install(prefix: &str) -> Result<()> {
 
 /// The files of the checkout that are installed, by their path in it.
 pub(crate) fn sources() -> impl Iterator<Item = PathBuf> {
-    units().map(|(from, _)| from).chain([UDEV_RULES.0.into()])
+    units()
+        .map(|(from, _)| from)
+        .chain([UDEV_RULES.0.into(), PROFILE.into()])
 }
 
 /// All units, from the checkout to below the prefix.
@@ -122,6 +136,82 @@ fn install_units(prefix: &str, to: &Path) -> Result<Vec<PathBuf>> {
     Ok(installed)
 }
 
+/// `$DESTDIR`, or the root folder.
+fn top() -> PathBuf {
+    match std::env::var_os("DESTDIR") {
+        Some(destdir) if !destdir.is_empty() => destdir.into(),
+        _ => "/".into(),
+    }
+}
+
+fn libexec(prefix: &str) -> String {
+    Path::new(prefix)
+        .join("libexec/banger")
+        .display()
+        .to_string()
+}
+
+/// Puts the profile below `top`, if that has AppArmor's of the version that reads it. Says where it is.
+fn install_profile(prefix: &str, top: &Path) -> Result<Option<PathBuf>> {
+    let folder = top.join(PROFILES_TO);
+    if !folder.join(PROFILE_ABI).exists() {
+        return Ok(None);
+    }
+    let from = root().join(PROFILE);
+    let to = folder.join("banger-netns");
+    if rustix::fs::access(&folder, rustix::fs::Access::WRITE_OK).is_err() {
+        println!(
+            "left out {}: AppArmor may deny an ordinary user's VMs their network without it; install as root",
+            to.display()
+        );
+        return Ok(None);
+    }
+    let text = std::fs::read_to_string(&from)
+        .map_err(Failure::io(format!("cannot read `{}`", from.display())))?;
+    write(
+        &to,
+        text.replace("@LIBEXEC@", &libexec(prefix)).as_bytes(),
+        0o644,
+    )?;
+    Ok(Some(to))
+}
+
+/// Has the kernel take the profile (`-r`) or forget it (`-R`), where it has AppArmor and no package is built.
+fn load_profile(verb: &str, profile: &Path) {
+    let enabled = std::fs::read_to_string(APPARMOR_ENABLED);
+    let is_enabled = enabled.is_ok_and(|enabled| enabled.starts_with('Y'));
+    let Some(parser) = find("apparmor_parser").filter(|_| is_enabled && top() == Path::new("/"))
+    else {
+        return;
+    };
+    let said = capture(command(parser).arg(verb).arg(profile));
+    match said {
+        Ok(said) if said.success => {}
+        Ok(said) => println!(
+            "AppArmor does not take {}: {}",
+            profile.display(),
+            said.stderr.trim()
+        ),
+        Err(failure) => println!("AppArmor does not take {}: {failure}", profile.display()),
+    }
+}
+
+/// Removes the profile, unless it is that of an installation below another prefix.
+fn uninstall_profile(prefix: &str, top: &Path) -> Result<()> {
+    let profile = top.join(PROFILES_TO).join("banger-netns");
+    let text = std::fs::read_to_string(&profile).unwrap_or_default();
+    if !text.contains(&format!("\"{}/", libexec(prefix))) {
+        return Ok(());
+    }
+    load_profile("-R", &profile);
+    std::fs::remove_file(&profile).map_err(Failure::io(format!(
+        "cannot remove `{}`",
+        profile.display()
+    )))?;
+    println!("removed {}", profile.display());
+    Ok(())
+}
+
 /// Whether what is installed is what the running systemd sees: no package is built, and it looks there.
 fn is_live(prefix: &str) -> bool {
     let destdir = std::env::var_os("DESTDIR").is_some_and(|destdir| !destdir.is_empty());
@@ -136,6 +226,7 @@ fn systemctl(args: &[&str]) -> Result<()> {
 
 pub(crate) fn uninstall(prefix: &str) -> Result<()> {
     let live = is_live(prefix);
+    uninstall_profile(prefix, &top())?;
     let prefix = destination(prefix)?;
     let rules = prefix.join(UDEV_RULES.1);
     let units = units().map(|(_, unit)| prefix.join(unit));
@@ -250,6 +341,45 @@ mod tests {
         std::fs::remove_file(&instance).unwrap();
         assert!(forget(&remembered));
         assert!(!remembered.exists());
+    }
+
+    #[test]
+    fn the_profile_goes_where_apparmor_reads_it_and_away_with_its_own_installation() {
+        let folder = tempfile::tempdir().unwrap();
+        let top = folder.path();
+        assert_eq!(install_profile("/usr/local", top).unwrap(), None);
+        std::fs::create_dir_all(top.join("etc/apparmor.d/abi")).unwrap();
+        assert_eq!(install_profile("/usr/local", top).unwrap(), None);
+        std::fs::write(top.join("etc/apparmor.d/abi/4.0"), "").unwrap();
+        let profile = install_profile("/usr/local", top).unwrap().unwrap();
+        assert_eq!(profile, top.join("etc/apparmor.d/banger-netns"));
+        let text = std::fs::read_to_string(&profile).unwrap();
+        let attached = "profile banger-netns \"/usr/local/libexec/banger/banger-netns\" flags=(unconfined) {\n";
+        assert!(text.contains(attached), "{text}");
+        assert!(text.contains("\n  userns,\n") && text.contains("\nabi <abi/4.0>,\n"));
+        assert!(!text.contains('@'));
+        uninstall_profile("/usr", top).unwrap();
+        assert!(profile.exists());
+        uninstall_profile("/usr/local", top).unwrap();
+        assert!(!profile.exists());
+        uninstall_profile("/usr/local", top).unwrap();
+    }
+
+    /// AppArmor's own word, where there is one that reads profiles of this version.
+    #[test]
+    fn apparmor_reads_the_profile() {
+        let abi = Path::new("/etc/apparmor.d").join(PROFILE_ABI);
+        let Some(parser) = find("apparmor_parser").filter(|_| abi.exists()) else {
+            let why = "no apparmor_parser with abi 4.0 here";
+            println!("SKIPPED: apparmor_reads_the_profile: {why}");
+            return;
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let text = std::fs::read_to_string(root().join(PROFILE)).unwrap();
+        let profile = folder.path().join("banger-netns");
+        std::fs::write(&profile, text.replace("@LIBEXEC@", "/usr/libexec/banger")).unwrap();
+        let said = capture(command(parser).args(["-Q", "-K"]).arg(&profile)).unwrap();
+        assert!(said.success, "{}", said.stderr);
     }
 
     #[test]

@@ -141,8 +141,8 @@ fn cause(errno: Errno, setting: impl Fn(&str) -> Option<String>) -> Option<Strin
     let apparmor = setting("kernel/apparmor_restrict_unprivileged_userns");
     if apparmor.is_some_and(|value| value != "0") {
         return Some(
-            "AppArmor restricts them (kernel.apparmor_restrict_unprivileged_userns); as root install an AppArmor \
-             profile that gives banger-netns `userns`, or run \
+            "AppArmor restricts them (kernel.apparmor_restrict_unprivileged_userns); `make install` as root brings the \
+             profile that gives them to banger-netns, `/etc/apparmor.d/banger-netns`; or as root run \
              `sysctl -w kernel.apparmor_restrict_unprivileged_userns=0`"
                 .to_owned(),
         );
