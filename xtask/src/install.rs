@@ -4,6 +4,7 @@ use crate::command::{capture, command, find, run};
 use crate::dist::{Profile, place, write};
 use crate::failure::{Failure, Result};
 use crate::layout::{PROGRAMS, root};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// What tells udev to leave our loop devices alone, from the checkout to below the prefix.
@@ -212,6 +213,90 @@ fn uninstall_profile(prefix: &str, top: &Path) -> Result<()> {
     Ok(())
 }
 
+/// A person of this host.
+#[derive(Debug)]
+struct Person {
+    name: String,
+    uid: u32,
+    home: PathBuf,
+}
+
+/// Those that a file like `/etc/passwd` knows.
+fn people(passwd: &str) -> Vec<Person> {
+    let person = |line: &str| {
+        let mut fields = line.split(':');
+        let (name, uid) = (fields.next()?, fields.nth(1)?);
+        Some(Person {
+            name: name.to_owned(),
+            uid: uid.parse().ok()?,
+            home: fields.nth(2)?.into(),
+        })
+    };
+    passwd.lines().filter_map(person).collect()
+}
+
+/// What runs of the programs in `libexec`: number, user, and name of each process.
+fn running(libexec: &Path) -> Vec<(u32, u32, String)> {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let ours = processes.filter_map(|process| {
+        let number = process.file_name().to_str()?.parse().ok()?;
+        let program = std::fs::read_link(process.path().join("exe")).ok()?;
+        let name = program.strip_prefix(libexec).ok()?.to_str()?;
+        // Its file may be gone already.
+        let name = name.strip_suffix(" (deleted)").unwrap_or(name);
+        Some((number, process.metadata().ok()?.uid(), name.to_owned()))
+    });
+    let mut ours: Vec<_> = ours.collect();
+    ours.sort();
+    ours
+}
+
+/// What a user's systemd starts of ours, because that user asked for it.
+fn wanted(home: &Path) -> Vec<PathBuf> {
+    let folders = std::fs::read_dir(home.join(".config/systemd/user"));
+    let folders = folders.into_iter().flatten().flatten();
+    let mut wanted: Vec<PathBuf> = folders
+        .map(|folder| folder.path())
+        .filter(|folder| folder.extension().is_some_and(|is| is == "wants"))
+        .flat_map(|folder| USER_UNITS.map(|unit| folder.join(unit)))
+        .filter(|link| link.symlink_metadata().is_ok())
+        .collect();
+    wanted.sort();
+    wanted
+}
+
+/// What an uninstallation leaves to others: whose daemons and VMs run, and what is theirs.
+fn left(people: &[Person], running: &[(u32, u32, String)]) -> Vec<String> {
+    let mut left = Vec::new();
+    for person in people {
+        let count = |program: &str| {
+            let own = |(_, uid, name): &&(u32, u32, String)| *uid == person.uid && name == program;
+            running.iter().filter(own).count()
+        };
+        let (daemons, vms) = (count("bangerd"), count("banger-shim"));
+        let name = &person.name;
+        if daemons + vms > 0 {
+            left.push(format!(
+                "left running: {daemons} daemon(s) and {vms} VM(s) of {name}; to end them in order, install again, \
+                 have {name} run `banger daemon stop --vms`, and uninstall then"
+            ));
+        }
+        let wanted = wanted(&person.home);
+        for link in &wanted {
+            left.push(format!(
+                "left {}: {name} had the daemon start with the host; `rm` it",
+                link.display()
+            ));
+        }
+        if !wanted.is_empty() {
+            left.push(format!(
+                "`loginctl disable-linger {name}` ends what went with it, if {name} needs it for nothing else"
+            ));
+        }
+    }
+    left
+}
+
 /// Whether what is installed is what the running systemd sees: no package is built, and it looks there.
 fn is_live(prefix: &str) -> bool {
     let destdir = std::env::var_os("DESTDIR").is_some_and(|destdir| !destdir.is_empty());
@@ -226,6 +311,8 @@ fn systemctl(args: &[&str]) -> Result<()> {
 
 pub(crate) fn uninstall(prefix: &str) -> Result<()> {
     let live = is_live(prefix);
+    // Before it is known only by files that are gone.
+    let running = running(Path::new(&libexec(prefix)));
     uninstall_profile(prefix, &top())?;
     let prefix = destination(prefix)?;
     let rules = prefix.join(UDEV_RULES.1);
@@ -258,6 +345,12 @@ pub(crate) fn uninstall(prefix: &str) -> Result<()> {
                 "left {REMEMBERED}: it tells of daemons that still have something on this host; \
                  `banger daemon stop --vms` by whoever runs them ends that, and so does a reboot"
             );
+        }
+    }
+    if top() == Path::new("/") {
+        let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+        for line in left(&people(&passwd), &running) {
+            println!("{line}");
         }
     }
     Ok(())
@@ -380,6 +473,47 @@ mod tests {
         std::fs::write(&profile, text.replace("@LIBEXEC@", "/usr/libexec/banger")).unwrap();
         let said = capture(command(parser).args(["-Q", "-K"]).arg(&profile)).unwrap();
         assert!(said.success, "{}", said.stderr);
+    }
+
+    #[test]
+    fn what_is_left_to_others_is_said_with_how_it_goes() {
+        let folder = tempfile::tempdir().unwrap();
+        let home = folder.path().join("otter");
+        let wants = home.join(".config/systemd/user/default.target.wants");
+        std::fs::create_dir_all(&wants).unwrap();
+        // It leads nowhere any more.
+        let link = wants.join("bangerd.service");
+        std::os::unix::fs::symlink("/usr/lib/systemd/user/bangerd.service", &link).unwrap();
+        let passwd = format!(
+            "root:x:0:0:root:/root-that-is-not-there:/bin/sh\nbad line\notter:x:1000:1000::{}:/bin/sh\n",
+            home.display()
+        );
+        let people = people(&passwd);
+        assert_eq!(people.len(), 2);
+        let process = |number, uid, name: &str| (number, uid, name.to_owned());
+        let running = [
+            process(7, 1000, "bangerd"),
+            process(8, 1000, "banger-shim"),
+            process(9, 1000, "banger-netns"),
+        ];
+        let said = left(&people, &running);
+        assert_eq!(said.len(), 3, "{said:?}");
+        assert!(said[0].contains("1 daemon(s) and 1 VM(s) of otter"));
+        assert!(said[0].contains("banger daemon stop --vms"));
+        assert!(said[1].contains(&link.display().to_string()));
+        assert!(said[2].contains("loginctl disable-linger otter"));
+        assert!(left(&people[..1], &running).is_empty());
+    }
+
+    #[test]
+    fn what_runs_is_found_by_its_program() {
+        let own = std::env::current_exe().unwrap();
+        let own = own.canonicalize().unwrap();
+        let found = running(own.parent().unwrap());
+        let name = own.file_name().unwrap().to_str().unwrap();
+        let uid = rustix::process::geteuid().as_raw();
+        assert!(found.contains(&(std::process::id(), uid, name.to_owned())));
+        assert!(running(Path::new("/no/such/folder")).is_empty());
     }
 
     #[test]

@@ -40,7 +40,19 @@ fn nothing_was_lost_and_nothing_is_left_in_the_end() {
         (!ours).then_some(())
     });
 
+    // What somebody forgot to undo is no file of the installation, and is named.
+    let wants = "/.config/systemd/user/default.target.wants";
+    let link = format!("$(echo ~{USER}){wants}/bangerd.service");
+    root(&format!(
+        "mkdir -p $(dirname {link}) && ln -s /nowhere {link}"
+    ));
     let said = xtask("uninstall");
+    assert!(
+        said.contains(&format!("{wants}/bangerd.service: {USER} had")),
+        "{said}"
+    );
+    assert!(!said.contains("left running"), "{said}");
+    root(&format!("rm {link}"));
     assert!(!Path::new(HELPER_SOCKET).exists());
     assert!(!Path::new("/run/banger").exists());
     assert_eq!(state("banger-helper.socket"), "inactive");
