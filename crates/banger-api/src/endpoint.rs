@@ -102,7 +102,7 @@ endpoints! {
     /// Show a VM.
     GetVm: "GET" "/v1/vms/{vm}", "vm.show", Json, Nothing => Vm, "Show a VM";
     /// Change a VM.
-    PatchVm: "PATCH" "/v1/vms/{vm}", "vm.set", Json, SetVm => Vm, "Change the spec of a stopped VM";
+    PatchVm: "PATCH" "/v1/vms/{vm}", "vm.set", Json, SetVm => Vm, "Change a VM; name, NAT, autostart and CPU limit whatever it does, the rest while it is stopped";
     /// Delete a VM.
     DeleteVmEndpoint: "DELETE" "/v1/vms/{vm}", "vm.delete", Json, DeleteVm => Vm, "Put a VM into the trash, or purge it";
     /// Start a VM.

@@ -143,6 +143,12 @@ pub struct SetVm {
     pub name: Option<String>,
     /// Another image, by name, id or prefix: its overlay is thrown away, its work disk stays.
     pub image: Option<String>,
+    /// Another kernel, by name, id or prefix.
+    pub kernel: Option<String>,
+    /// Another driver; `auto` lets each start decide.
+    pub driver: Option<DriverChoice>,
+    /// More new data that it may write to `/`, in bytes; with it the filesystem grows.
+    pub overlay_bytes: Option<u64>,
     /// A larger work disk, in bytes; with it the filesystem grows. Without one before, it gets one.
     pub disk_bytes: Option<u64>,
     /// Whether its guest may reach the public internet.

@@ -47,6 +47,17 @@ pub enum DriverChoice {
     Qemu,
 }
 
+impl DriverChoice {
+    /// The choice's name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Firecracker => "firecracker",
+            Self::Qemu => "qemu",
+        }
+    }
+}
+
 /// How a VM gets its own `/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -212,6 +223,8 @@ pub struct BootPatch {
     pub vcpus: Option<VcpuCount>,
     /// A new amount of memory.
     pub memory_mib: Option<MemoryMib>,
+    /// Another driver: a VM's files belong to none.
+    pub driver: Option<DriverChoice>,
 }
 
 /// A change that holds at once, whatever the VM does.
@@ -250,6 +263,7 @@ impl VmSpec {
         let mut spec = self.clone();
         spec.vcpus = boot.vcpus.unwrap_or(spec.vcpus);
         spec.memory_mib = boot.memory_mib.unwrap_or(spec.memory_mib);
+        spec.driver = boot.driver.unwrap_or(spec.driver);
         spec.nat = live.nat.unwrap_or(spec.nat);
         spec.nat_private = live.nat_private.unwrap_or(spec.nat_private);
         spec.autostart = live.autostart.unwrap_or(spec.autostart);
@@ -359,6 +373,9 @@ mod tests {
         assert_eq!(limited.patched(&patch).cpu_limit, None);
         patch.live.cpu_limit = None;
         assert_eq!(limited.patched(&patch).cpu_limit, limit);
+        patch.boot.driver = Some(DriverChoice::Qemu);
+        assert!(!patch.is_live(), "a VMM is not exchanged below a guest");
+        assert_eq!(spec.patched(&patch).driver, DriverChoice::Qemu);
     }
 
     #[test]

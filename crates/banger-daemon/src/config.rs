@@ -64,7 +64,7 @@ impl NetworkConfig {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 pub(crate) struct DriverConfig {
-    /// What `auto` means for VMs that are created without `--driver`.
+    /// What `auto` means, at each start.
     pub(crate) choice: DriverChoice,
     /// QEMU's program instead of the one on `PATH`.
     pub(crate) qemu: Option<PathBuf>,

@@ -7,6 +7,7 @@ use crate::world::World;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::vm::{SetVm, Vm};
 use banger_core::decide::{Deny, Request};
+use banger_core::id::KernelId;
 use banger_core::name::VmName;
 use banger_core::publish::PublishedPort;
 use banger_core::size::{CpuLimit, DiskBytes, MemoryMib, SizeError, VcpuCount};
@@ -88,13 +89,19 @@ pub(crate) fn published(port: &PublishedPort) -> Result<(), ErrorBody> {
     Err(ErrorBody::new(ErrorCode::InvalidRequest, message).hint("choose one from 1 to 65535"))
 }
 
-/// A change of a VM; `image` is the one that the request names.
-pub(crate) fn change(request: &SetVm, image: Option<ImageRecord>) -> Result<Change, ErrorBody> {
+/// A change of a VM; `image` and `kernel` are those that the request names.
+pub(crate) fn change(
+    request: &SetVm,
+    image: Option<ImageRecord>,
+    kernel: Option<KernelId>,
+) -> Result<Change, ErrorBody> {
     let name = request.name.as_deref().map(VmName::new).transpose();
     Ok(Change {
         patch: patch(request)?,
         name: name.map_err(|error| invalid(&error))?,
-        image,
+        image: image.map(Box::new),
+        kernel,
+        overlay_bytes: request.overlay_bytes.map(disk).transpose()?,
         disk_bytes: request.disk_bytes.map(disk).transpose()?,
         generation: request.generation,
     })
@@ -105,6 +112,7 @@ fn patch(request: &SetVm) -> Result<VmSpecPatch, ErrorBody> {
         boot: BootPatch {
             vcpus: request.vcpus.map(vcpus).transpose()?,
             memory_mib: request.memory_mib.map(memory).transpose()?,
+            driver: request.driver,
         },
         live: LivePatch {
             nat: request.nat,

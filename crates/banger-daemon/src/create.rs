@@ -16,7 +16,7 @@ use banger_core::phase::{Desired, StopReason};
 use banger_core::publish::PublishedPort;
 use banger_core::size::DiskBytes;
 use banger_core::spec::{
-    DEFAULT_MEMORY_MIB, DEFAULT_OVERLAY_BYTES, DEFAULT_VCPUS, DriverChoice, StorageChoice, VmSpec,
+    DEFAULT_MEMORY_MIB, DEFAULT_OVERLAY_BYTES, DEFAULT_VCPUS, StorageChoice, VmSpec,
 };
 use banger_image::image::ImageManifest;
 use banger_image::kernel::KernelManifest;
@@ -77,10 +77,6 @@ pub(crate) fn draft(
     let image = world.images.pin::<ImageManifest>(image_query, id)?;
     let kernel = world.images.pin::<KernelManifest>(kernel_query, id)?;
     let ports = published(&request.ports)?;
-    let driver = match request.driver {
-        DriverChoice::Auto => world.config.driver.choice,
-        asked => asked,
-    };
     let storage = match request.storage {
         StorageChoice::Auto => world.config.storage.choice,
         asked => asked,
@@ -97,7 +93,7 @@ pub(crate) fn draft(
             .images
             .folder::<KernelManifest>(kernel.manifest.id)
             .join(banger_image::kernel::VMLINUX);
-        world.drivers.choose(driver, Some(&vmlinux))?;
+        world.drivers.choose(request.driver, Some(&vmlinux))?;
     }
     let keys = keys::generate("banger")
         .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
@@ -108,7 +104,7 @@ pub(crate) fn draft(
         memory_mib,
         overlay_bytes,
         disk_bytes,
-        driver,
+        driver: request.driver,
         storage,
         nat: request.nat,
         nat_private: request.nat_private,

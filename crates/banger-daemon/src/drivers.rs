@@ -149,24 +149,28 @@ impl Drivers {
         )
     }
 
-    /// Picks what runs a VM.
+    /// Picks what runs a VM. `auto` is what the settings say, and without them the best that there is.
     pub(crate) fn choose(
         &self,
         choice: DriverChoice,
         vmlinux: Option<&Path>,
     ) -> Result<Chosen, ErrorBody> {
+        let (choice, why) = match choice {
+            DriverChoice::Auto => (self.config.choice, "auto by config.toml"),
+            asked => (asked, "asked for"),
+        };
         match choice {
             DriverChoice::Firecracker => {
                 let found = self.usable(Driver::Firecracker)?;
                 Ok(Chosen {
                     vmm: Box::new(Firecracker::new(found.path)),
                     accelerator: Accelerator::Kvm,
-                    reason: "asked for".to_owned(),
+                    reason: why.to_owned(),
                 })
             }
             DriverChoice::Qemu => {
                 let found = self.usable(Driver::Qemu)?;
-                Ok(self.with_qemu(found, "asked for", &self.kvm(vmlinux)))
+                Ok(self.with_qemu(found, why, &self.kvm(vmlinux)))
             }
             DriverChoice::Auto => self.auto(vmlinux),
         }
@@ -238,7 +242,8 @@ impl Drivers {
     /// All VMMs that were looked for.
     pub(crate) fn list(&self, vmlinux: Option<&Path>) -> Vec<DriverInfo> {
         let kvm = self.kvm(vmlinux);
-        let default = self.auto(vmlinux).ok().map(|chosen| chosen.vmm.driver());
+        let default = self.choose(DriverChoice::Auto, vmlinux);
+        let default = default.ok().map(|chosen| chosen.vmm.driver());
         [Driver::Firecracker, Driver::Qemu]
             .into_iter()
             .map(|driver| {
@@ -305,5 +310,32 @@ pub(crate) const fn accelerator_name(accelerator: Accelerator) -> &'static str {
     match accelerator {
         Accelerator::Kvm => "kvm",
         Accelerator::Tcg => "tcg",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auto_is_what_the_settings_say_and_a_vm_that_names_a_driver_gets_that() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let config = DriverConfig {
+            choice: DriverChoice::Firecracker,
+            qemu: Some(path("qemu")),
+            firecracker: Some(path("firecracker")),
+        };
+        let drivers = Drivers::new(
+            config,
+            path("installed"),
+            path("keeper"),
+            path("kvm.json"),
+            "boot".to_owned(),
+        );
+        let wants = |choice| drivers.choose(choice, None).unwrap_err().message;
+        assert!(wants(DriverChoice::Auto).contains("/firecracker`"));
+        assert!(wants(DriverChoice::Firecracker).contains("/firecracker`"));
+        assert!(wants(DriverChoice::Qemu).contains("/qemu`"));
     }
 }

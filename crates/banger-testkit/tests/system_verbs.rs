@@ -433,6 +433,80 @@ fn a_reset_throws_the_overlay_away_and_nothing_else() {
     env.ok(&["vm", "start", "otter", "--wait"]);
 }
 
+/// A second kernel, as good as the first.
+fn make_second_kernel(env: &TestEnv) {
+    let shelf = env.data().join("kernels");
+    let first = std::fs::read_dir(&shelf).unwrap().next().unwrap().unwrap();
+    let id = "01a229ae-555b-72dc-9e79-5e19a732d6d8";
+    let second = shelf.join(id);
+    run(
+        "cp",
+        &format!("-r {} {}", first.path().display(), second.display()),
+    );
+    let manifest = second.join("kernel.json");
+    let mut value: Value = serde_json::from_slice(&std::fs::read(&manifest).unwrap()).unwrap();
+    value["id"] = id.into();
+    value["name"] = "second".into();
+    // Not in place: it may be a link to the first one's.
+    std::fs::remove_file(&manifest).unwrap();
+    std::fs::write(&manifest, value.to_string()).unwrap();
+}
+
+#[test]
+#[ignore = "system test"]
+fn a_stopped_vm_gets_another_driver_kernel_and_overlay_size() {
+    let Some(env) = world("a_stopped_vm_gets_another_driver_kernel_and_overlay_size") else {
+        return;
+    };
+    let settings = env.folder().join("config/banger/config.toml");
+    let before = std::fs::read_to_string(&settings).unwrap();
+    std::fs::write(
+        &settings,
+        before + "firecracker = \"/nonexistent/firecracker\"\n",
+    )
+    .unwrap();
+    make_second_kernel(&env);
+    let sizes = ["--overlay-size", "64M", "--storage", "overlay"];
+    let vm = create(&env, "otter", &[&["--driver", "qemu"], &sizes[..]].concat());
+    for change in [
+        ["--driver", "auto"],
+        ["--kernel", "second"],
+        ["--overlay-size", "96M"],
+    ] {
+        let live = env.banger(&[&["vm", "set", "otter"][..], &change].concat());
+        assert_refused(&live, 5, "it is running");
+    }
+    let live = env.banger(&["vm", "start", "otter", "--driver", "auto"]);
+    assert_refused(&live, 5, "it is running");
+    env.ok(&["vm", "stop", "otter"]);
+
+    // A driver that is not there is said at the start, with the way back.
+    let missing = env.banger(&["vm", "start", "otter", "--driver", "firecracker"]);
+    assert_refused(&missing, 7, "named in config.toml is not there");
+    let way_back = "banger vm start otter --driver auto";
+    assert!(missing.stderr.contains(way_back), "{missing:?}");
+    assert_eq!(env.vm("otter")["spec"]["driver"], "firecracker");
+    env.ok(&["vm", "set", "otter", "--driver", "auto"]);
+    assert_eq!(env.vm("otter")["spec"]["driver"], "auto");
+
+    let overlay = env.vm_folder(text(&vm, "id")).join("overlay.img");
+    env.ok(&["vm", "set", "otter", "--overlay-size", "96M"]);
+    assert_eq!(overlay.metadata().unwrap().len(), 96 << 20);
+    let shrunk = env.banger(&["vm", "set", "otter", "--overlay-size", "64M"]);
+    assert_refused(&shrunk, 2, "cannot shrink the overlay");
+
+    env.ok(&["vm", "set", "otter", "--kernel", "second"]);
+    assert_eq!(env.vm("otter")["kernel_name"], "second");
+    let pinned = env.banger(&["kernel", "delete", "second"]);
+    assert_refused(&pinned, 5, "1 VM(s): otter");
+    env.ok(&["vm", "start", "otter", "--wait"]);
+    assert_eq!(env.vm("otter")["attempt"]["driver"], "qemu");
+    env.ok(&["vm", "stop", "otter"]);
+    env.ok(&["vm", "set", "otter", "--kernel", "default"]);
+    env.ok(&["kernel", "delete", "second"]);
+    env.ok(&["vm", "start", "otter", "--wait"]);
+}
+
 #[test]
 #[ignore = "system test"]
 fn a_vm_comes_back_from_the_trash_under_another_name_if_its_own_is_taken() {

@@ -300,7 +300,14 @@ async fn set_vm(call: Call<SetVm>) -> Result<Vm, ErrorBody> {
         Some(query) => Some(call.app.world.images.find(query)?),
         None => None,
     };
-    let change = convert::change(request, image)?;
+    let kernel = match &request.kernel {
+        Some(query) => {
+            let found = call.app.world.images.find::<KernelManifest>(query)?;
+            Some(found.manifest.id)
+        }
+        None => None,
+    };
+    let change = convert::change(request, image, kernel)?;
     let registry = call.app.registry.clone();
     let changed = to_its_end(async move { registry.change(&handle, change).await });
     Ok(convert::vm(&call.app.world, &changed.await?))

@@ -1,6 +1,6 @@
 //! A sparse copy of the image, larger by the new data that the VM may write; the guest grows the filesystem.
 
-use super::{Layer, RootDrive, StorageDriver, StorageFacts, copy_larger, open_own};
+use super::{Layer, RootDrive, StorageDriver, StorageFacts, copy_larger, grow_larger, open_own};
 use banger_api::error::ErrorBody;
 use banger_image::template;
 
@@ -18,5 +18,9 @@ impl StorageDriver for Copy {
 
     fn open(&self, layer: &Layer) -> Result<RootDrive, ErrorBody> {
         open_own(layer, || self.create(layer))
+    }
+
+    fn grow(&self, layer: &Layer) -> Result<(), ErrorBody> {
+        grow_larger(layer)
     }
 }

@@ -171,6 +171,10 @@ pub(crate) trait StorageDriver: std::fmt::Debug + Send + Sync {
         Ok(())
     }
 
+    /// Makes room in the layer for as much new data as it says now, which is more than before; what it holds stays, and
+    /// the guest grows the filesystem. Nothing may be attached, and the VM's lock must be held.
+    fn grow(&self, layer: &Layer) -> Result<(), ErrorBody>;
+
     /// Throws the layer away and makes a fresh one over the layer's image. The VM's lock must be held. After an
     /// error, or a crash, the old layer is there, whole, or the new one.
     fn reset(&self, layer: &Layer) -> Result<(), ErrorBody> {
@@ -318,6 +322,12 @@ fn copy_larger(
         let _ = std::fs::remove_file(&layer.file);
     }
     extended
+}
+
+/// Grows a layer that is larger than the image by what the VM may write.
+fn grow_larger(layer: &Layer) -> Result<(), ErrorBody> {
+    extend(&layer.file, layer.image_bytes()? + layer.overlay_bytes)?;
+    make_durable(&layer.file)
 }
 
 /// Checks a layer that carries the image's own UUID.

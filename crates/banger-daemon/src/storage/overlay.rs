@@ -1,7 +1,8 @@
 //! The image read-only and shared by all its VMs, an ext4 per VM, joined by overlayfs in the guest.
 
 use super::{
-    Layer, RootDrive, StorageDriver, StorageFacts, ensure_disk, made_over_another, make_empty,
+    Layer, RootDrive, StorageDriver, StorageFacts, ensure_disk, extend, made_over_another,
+    make_durable, make_empty,
 };
 use banger_api::error::ErrorBody;
 
@@ -34,5 +35,10 @@ impl StorageDriver for Overlay {
             own: false,
             overlay: Some((layer.file.clone(), layer.overlay_uuid)),
         })
+    }
+
+    fn grow(&self, layer: &Layer) -> Result<(), ErrorBody> {
+        extend(&layer.file, layer.overlay_bytes)?;
+        make_durable(&layer.file)
     }
 }

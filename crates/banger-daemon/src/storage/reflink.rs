@@ -1,7 +1,7 @@
 //! The image's blocks, shared by the host's filesystem; larger by the new data that the VM may write, and the guest
 //! grows the filesystem.
 
-use super::{Layer, RootDrive, StorageDriver, StorageFacts, copy_larger, open_own};
+use super::{Layer, RootDrive, StorageDriver, StorageFacts, copy_larger, grow_larger, open_own};
 use banger_api::error::ErrorBody;
 use banger_image::template;
 
@@ -20,5 +20,9 @@ impl StorageDriver for Reflink {
 
     fn open(&self, layer: &Layer) -> Result<RootDrive, ErrorBody> {
         open_own(layer, || self.create(layer))
+    }
+
+    fn grow(&self, layer: &Layer) -> Result<(), ErrorBody> {
+        grow_larger(layer)
     }
 }

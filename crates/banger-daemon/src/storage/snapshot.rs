@@ -5,7 +5,8 @@
 //! ([`Snapshot::tend`]), and where it cannot grow the VM is paused.
 
 use super::{
-    Layer, Owner, RootDrive, StorageDriver, StorageFacts, made_over_another, remove_if_there,
+    Layer, Owner, RootDrive, StorageDriver, StorageFacts, made_over_another, make_durable,
+    remove_if_there,
 };
 use crate::vm::files::io_error;
 use banger_api::error::{ErrorBody, ErrorCode};
@@ -96,6 +97,22 @@ impl StorageDriver for Snapshot {
             return Err(error);
         }
         Ok(RootDrive::own(path, layer))
+    }
+
+    /// The device is made larger when it is attached. Its copy-on-write file is at least as large as one begins, also
+    /// that of a small snapshot.
+    fn grow(&self, layer: &Layer) -> Result<(), ErrorBody> {
+        let path = &layer.file;
+        let file = open_file(OpenOptions::new().read(true).write(true), path)?;
+        let has = file
+            .metadata()
+            .map_err(|error| io_error("read", path, &error))?
+            .len();
+        let first = cow_first(device_bytes(layer)?);
+        if has < first {
+            preallocate(&file, path, first).map_err(|error| storage_error(&error))?;
+        }
+        make_durable(path)
     }
 
     fn close(&self, owner: &Owner) -> Result<(), ErrorBody> {

@@ -163,11 +163,20 @@ fn written(root: &RootDrive) -> PathBuf {
     }
 }
 
-/// What the guest does with a root of its own at its first boot.
+/// What the guest does when it boots from a drive that is larger than its filesystem.
 fn grow_as_the_guest_does(root: &RootDrive) {
-    if root.own {
-        Run::new("resize2fs").arg(&root.path).run().unwrap();
-    }
+    Run::new("resize2fs").arg(written(root)).run().unwrap();
+}
+
+/// The bytes of the filesystem that the guest writes to.
+fn filesystem_bytes(root: &RootDrive) -> u64 {
+    let output = Run::new("dumpe2fs").arg("-h").arg(written(root)).run();
+    let said = String::from_utf8(output.unwrap().stdout).unwrap();
+    let field = |name: &str| -> u64 {
+        let line = said.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap().trim().parse().unwrap()
+    };
+    field("Block count:") * field("Block size:")
 }
 
 fn conforms(test: &str, place: &Place, driver: &dyn StorageDriver) {
@@ -206,6 +215,24 @@ fn conforms(test: &str, place: &Place, driver: &dyn StorageDriver) {
     );
     let below = if root.own { &root.path } else { &layer.image };
     assert_eq!(get(below, "from-image").unwrap(), b"as the image has it");
+    is_clean(&written(&root));
+    let before = filesystem_bytes(&root);
+    driver.close(&layer.owner).unwrap();
+
+    // More room, and what is there stays.
+    let layer = Layer {
+        overlay_bytes: 2 * OVERLAY_BYTES,
+        ..layer
+    };
+    driver.grow(&layer).unwrap();
+    driver.grow(&layer).unwrap();
+    let root = driver.open(&layer).unwrap();
+    grow_as_the_guest_does(&root);
+    assert_eq!(filesystem_bytes(&root), before + OVERLAY_BYTES);
+    assert_eq!(
+        get(&written(&root), "mine").unwrap(),
+        b"written by the guest"
+    );
     is_clean(&written(&root));
     driver.close(&layer.owner).unwrap();
 

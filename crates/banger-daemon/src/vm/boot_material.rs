@@ -9,6 +9,7 @@ use crate::record::VmRecord;
 use crate::storage::{self, Layer, RootDrive};
 use crate::world::World;
 use banger_api::error::{ErrorBody, ErrorCode};
+use banger_core::spec::DriverChoice;
 use banger_guest::boot_config::{BootConfig, Drive, DriveRole, Network};
 use banger_host::storage::replace_unsynced;
 use banger_image::image::ImageManifest;
@@ -107,7 +108,15 @@ pub(super) fn write_boot(
         reason,
     } = world
         .drivers
-        .choose(record.spec.driver, Some(&opened.kernel))?;
+        .choose(record.spec.driver, Some(&opened.kernel))
+        .map_err(|error| match record.spec.driver {
+            DriverChoice::Auto => error,
+            asked => error.hint(format!(
+                "VM `{0}` is set to {1}: `banger vm start {0} --driver auto` lets another VMM run it",
+                record.name,
+                asked.name()
+            )),
+        })?;
     let run = files.run();
     // What an earlier attempt left is void: the lock is ours.
     match std::fs::remove_dir_all(&run) {
@@ -226,7 +235,7 @@ fn drives(record: &VmRecord, files: &VmFiles, opened: &Opened) -> Vec<(DriveConf
     ];
     if let Some((path, uuid)) = &root.overlay {
         let uuid = Some(uuid.to_string());
-        drives.push(drive(DriveRole::Overlay, path.clone(), uuid, false, false));
+        drives.push(drive(DriveRole::Overlay, path.clone(), uuid, false, true));
     }
     if let Some(uuid) = record.disk_uuid {
         let uuid = Some(uuid.to_string());

@@ -10,10 +10,12 @@ use crate::images::ImageRecord;
 use crate::network::{Part, network_error};
 use crate::storage::{self, Layer};
 use banger_api::error::{ErrorBody, ErrorCode};
+use banger_core::id::KernelId;
 use banger_core::name::VmName;
 use banger_core::publish::PublishedPort;
 use banger_core::size::{CpuLimit, DiskBytes};
 use banger_core::spec::Storage;
+use banger_image::kernel::KernelManifest;
 use banger_vmm::lock::{Locked, try_lock};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -43,11 +45,23 @@ impl Actor {
             self.refuse_collision(port)?;
         }
         // What is refused, and what may find no room, comes before anything is thrown away.
-        self.refuse_shrinking(change.disk_bytes)?;
+        let spec = &self.record.spec;
+        self.refuse_shrinking("work disk", spec.disk_bytes, change.disk_bytes)?;
+        self.refuse_shrinking("overlay", Some(spec.overlay_bytes), change.overlay_bytes)?;
         if let Some(bytes) = change.disk_bytes
             && Some(bytes) != self.record.spec.disk_bytes
         {
             self.grow_disk(bytes).await?;
+        }
+        if let Some(bytes) = change.overlay_bytes
+            && bytes != self.record.spec.overlay_bytes
+        {
+            self.grow_overlay(bytes).await?;
+        }
+        if let Some(kernel) = change.kernel
+            && kernel != self.record.spec.kernel
+        {
+            self.change_kernel(kernel).await?;
         }
         if let Some(image) = &change.image
             && image.manifest.id != self.record.spec.image
@@ -136,6 +150,27 @@ impl Actor {
         }
     }
 
+    /// Pins the kernel, unless it is gone by now; the next start boots it.
+    async fn change_kernel(&mut self, kernel: KernelId) -> Result<(), ErrorBody> {
+        let images = &self.world.images;
+        images.pin::<KernelManifest>(&kernel.to_string(), self.record.id)?;
+        point("set", "kernel", Side::Before);
+        let done = self
+            .change(|record| {
+                record.spec.kernel = kernel;
+                record.generation += 1;
+            })
+            .await;
+        point("set", "kernel", Side::After);
+        let spec = &self.record.spec;
+        let images = &self.world.images;
+        images.repin(spec.image, spec.kernel, self.record.id);
+        done?;
+        self.note("set", format!("boots the kernel {kernel}"), None);
+        self.publish(|_| {});
+        Ok(())
+    }
+
     /// Pins the image, unless it is gone by now, and throws the overlay of the old one away. The VM's requests come one
     /// by one, so what its record names afterwards is all that it pins.
     async fn change_image(&mut self, image: &ImageRecord) -> Result<(), ErrorBody> {
@@ -157,12 +192,7 @@ impl Actor {
         // Held to the end: nothing starts on this layer.
         let _lock = self.own_lock("reset")?;
         // By the driver that attached it; the record may name another afterwards.
-        if let Some(problem) = close_storage(&self.world, &self.record, "reset").await {
-            let message = format!("the storage of `{}` cannot be detached", self.record.name);
-            let mut error = ErrorBody::new(ErrorCode::Internal, message);
-            error.causes.push(problem);
-            return Err(error.hint("nothing was changed; `banger daemon logs` tells more"));
-        }
+        self.detach("reset").await?;
         point("reset", "record", Side::Before);
         self.change(|record| {
             record.reset_pending = true;
@@ -184,6 +214,20 @@ impl Actor {
         self.note("reset", "the overlay was thrown away", None);
         self.publish(|_| {});
         self.finish_reset().await
+    }
+
+    /// Nothing of the layer is attached afterwards. The lock is the caller's.
+    async fn detach(&mut self, verb: &'static str) -> Result<(), ErrorBody> {
+        let Some(problem) = close_storage(&self.world, &self.record, verb).await else {
+            return Ok(());
+        };
+        let message = format!(
+            "the storage of VM `{}` cannot be detached",
+            self.record.name
+        );
+        let mut error = ErrorBody::new(ErrorCode::Internal, message);
+        error.causes.push(problem);
+        Err(error.hint("nothing was changed; `banger daemon logs` tells more"))
     }
 
     /// As [`Actor::finish_reset`], of a promise that a crash or a full disk broke.
@@ -244,11 +288,46 @@ impl Actor {
         Ok(())
     }
 
-    fn refuse_shrinking(&self, wanted: Option<DiskBytes>) -> Result<(), ErrorBody> {
-        match (self.record.spec.disk_bytes, wanted) {
+    /// Lets the VM write more to `/`. The layer comes first, as in [`Actor::grow_disk`].
+    async fn grow_overlay(&mut self, bytes: DiskBytes) -> Result<(), ErrorBody> {
+        let _lock = self.own_lock("set")?;
+        point("set", "overlay", Side::Before);
+        // A layer that is thrown away is made anew as large as the record says.
+        if !self.record.reset_pending {
+            self.detach("set").await?;
+            let (world, mut record, files) = (
+                Arc::clone(&self.world),
+                (*self.record).clone(),
+                self.files.clone(),
+            );
+            record.spec.overlay_bytes = bytes;
+            blocking(move || {
+                let layer = Layer::of(&world, &record, &files)?;
+                world.storage.driver(record.spec.storage).grow(&layer)
+            })
+            .await??;
+        }
+        point("set", "overlay", Side::After);
+        self.change(|record| {
+            record.spec.overlay_bytes = bytes;
+            record.generation += 1;
+        })
+        .await?;
+        self.note("set", format!("may write {} bytes", bytes.get()), None);
+        self.publish(|_| {});
+        Ok(())
+    }
+
+    fn refuse_shrinking(
+        &self,
+        what: &str,
+        now: Option<DiskBytes>,
+        wanted: Option<DiskBytes>,
+    ) -> Result<(), ErrorBody> {
+        match (now, wanted) {
             (Some(now), Some(wanted)) if wanted < now => {
                 let message = format!(
-                    "cannot shrink the work disk of `{}` from {} to {} bytes",
+                    "cannot shrink the {what} of VM `{}` from {} to {} bytes",
                     self.record.name,
                     now.get(),
                     wanted.get()

@@ -26,7 +26,7 @@ use crate::world::World;
 use banger_api::error::ErrorBody;
 use banger_api::vm::{Attempt, BootTimes};
 use banger_core::decide::Request;
-use banger_core::id::VmId;
+use banger_core::id::{KernelId, VmId};
 use banger_core::name::VmName;
 use banger_core::phase::{GoingDown, Phase};
 use banger_core::size::DiskBytes;
@@ -59,7 +59,11 @@ pub(crate) struct Change {
     /// Another name; whoever asks has made sure that it is free.
     pub(crate) name: Option<VmName>,
     /// Another image, which the VM's actor pins; its overlay is thrown away.
-    pub(crate) image: Option<ImageRecord>,
+    pub(crate) image: Option<Box<ImageRecord>>,
+    /// Another kernel, which the VM's actor pins.
+    pub(crate) kernel: Option<KernelId>,
+    /// A larger overlay.
+    pub(crate) overlay_bytes: Option<DiskBytes>,
     /// A larger work disk.
     pub(crate) disk_bytes: Option<DiskBytes>,
     /// The generation that the change is based on.
@@ -70,7 +74,11 @@ impl Change {
     /// The request that it comes with.
     pub(crate) fn request(&self) -> Request {
         Request::Set {
-            live: self.patch.is_live() && self.image.is_none() && self.disk_bytes.is_none(),
+            live: self.patch.is_live()
+                && self.image.is_none()
+                && self.kernel.is_none()
+                && self.overlay_bytes.is_none()
+                && self.disk_bytes.is_none(),
         }
     }
 }

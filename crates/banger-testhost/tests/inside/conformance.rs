@@ -100,8 +100,8 @@ fn lives(life: &Life) {
     };
     let mine = guest.is_made_and_crashes();
     guest.outlives_the_crash(&mine);
-    guest.starts_anew_with_its_disk_grown(&mine, second);
-    guest.runs_under_the_other_vmm(&mine, second);
+    let size = guest.starts_anew_with_its_disk_grown(&mine, second);
+    guest.runs_under_the_other_vmm(&mine, second, size);
     guest.gets_another_storage(&mine, second);
     world.banger(&["vm", "delete", NAME]);
     assert_eq!(world.banger(&["vm", "list", "--json"]).trim(), "[]");
@@ -142,15 +142,6 @@ struct Guest<'a> {
 }
 
 impl Guest<'_> {
-    /// Also under the VMM that is not the default.
-    fn under(&self, vmm: &str) {
-        self.world.banger(&["daemon", "stop"]);
-        self.world.configure(match vmm {
-            "qemu" => "[driver]\nfirecracker = \"/nonexistent/firecracker\"\n",
-            _ => "",
-        });
-    }
-
     fn ssh(&self, line: &str) -> String {
         self.world.ssh(NAME, line)
     }
@@ -203,7 +194,6 @@ impl Guest<'_> {
     }
 
     fn is_made_and_crashes(&self) -> Mine {
-        self.under("qemu");
         self.world.banger(&[
             "vm",
             "create",
@@ -215,6 +205,8 @@ impl Guest<'_> {
             "256",
             "--vcpu",
             "1",
+            "--driver",
+            "qemu",
             "--storage",
             self.life.storage,
             "--disk-size",
@@ -307,6 +299,13 @@ impl Guest<'_> {
         self.world.banger(&["vm", "start", NAME, "--wait"]);
     }
 
+    /// Its VMM is another one from now on, and the daemon is a new one.
+    fn starts_under(&self, vmm: &str) {
+        self.world.banger(&["daemon", "stop"]);
+        self.world
+            .banger(&["vm", "start", NAME, "--driver", vmm, "--wait"]);
+    }
+
     fn stops_whole(&self) {
         self.world.banger(&["vm", "stop", NAME]);
         let vm = self.vm();
@@ -325,48 +324,53 @@ impl Guest<'_> {
         let image = vm["spec"]["image"]["id"].as_str();
         let image = image.or_else(|| vm["spec"]["image"].as_str()).unwrap();
         let image = self.world.path("data/banger/images").join(image);
-        attach_by_hand(&image.join("root.img"), &layer, 256 * MIB, is_clean);
+        let overlay = vm["spec"]["overlay_bytes"].as_u64().unwrap();
+        attach_by_hand(&image.join("root.img"), &layer, overlay, is_clean);
     }
 
-    /// A reset, another image and a larger disk, all before one start.
-    fn starts_anew_with_its_disk_grown(&self, mine: &Mine, vmm: &str) {
+    /// A reset, another image and a larger disk, all before one start. Answers the size of its `/`, in KiB.
+    fn starts_anew_with_its_disk_grown(&self, mine: &Mine, vmm: &str) -> u64 {
         self.world.banger(&["vm", "reset", NAME]);
         self.is_clean(&self.vm());
         let change = ["--image", "second", "--disk-size", "96M"];
         for change in change.chunks(2) {
             self.world.banger(&[&["vm", "set", NAME], change].concat());
         }
-        self.under(vmm);
-        self.starts();
+        self.starts_under(vmm);
         let said = self.runs_under(
             vmm,
             "after a reset to another image",
             Some(mine),
             "md5sum < /data/block; cat /etc/second; ls /root | wc -l; df /data | tail -n 1; \
              rm /data/fill; dd if=/dev/urandom of=/root/new bs=1M count=2 2>/dev/null; \
-             md5sum < /root/new > /data/sum; sync; fstrim /data 2>&1; true",
+             md5sum < /root/new > /data/sum; sync; df -k / | tail -n 1; fstrim /data 2>&1; true",
         );
         assert_eq!(said.more[..3], [&*mine.data, "second", "0"]);
         assert!(!said.more[3].contains("100%"), "{:?}", said.more);
         if vmm == "firecracker" {
             // It has no discard, and the guest knows.
-            assert!(said.more[4].contains("not supported"), "{:?}", said.more);
+            assert!(said.more[5].contains("not supported"), "{:?}", said.more);
         }
         self.is_killed_while_it_writes(&said.vm);
+        kib(&said.more[4])
     }
 
-    /// What one VMM's crash left is started by the other.
-    fn runs_under_the_other_vmm(&self, mine: &Mine, second: &str) {
-        self.under("qemu");
-        self.starts();
+    /// What one VMM's crash left is started by the other, with more room for what it writes to `/`.
+    fn runs_under_the_other_vmm(&self, mine: &Mine, second: &str, before: u64) {
+        self.world
+            .banger(&["vm", "set", NAME, "--overlay-size", "320M"]);
+        self.starts_under("qemu");
         let said = self.runs_under(
             "qemu",
             &format!("what {second} left"),
             Some(mine),
-            "md5sum < /data/block; cat /etc/second /data/sum; md5sum < /root/new",
+            "md5sum < /data/block; cat /etc/second /data/sum; md5sum < /root/new; df -k / | tail -n 1",
         );
         assert_eq!(said.more[..2], [&*mine.data, "second"]);
         assert_eq!(said.more[2], said.more[3]);
+        // A filesystem keeps some of the 64 MiB for itself.
+        let grown = kib(&said.more[4]);
+        assert!(grown > before + (48 << 10), "{before} KiB, then {grown}");
         self.stops_whole();
     }
 
@@ -374,8 +378,7 @@ impl Guest<'_> {
         let other = self.life.other;
         self.world
             .banger(&["vm", "reset", NAME, "--storage", other]);
-        self.under(vmm);
-        self.starts();
+        self.starts_under(vmm);
         let said = self.runs_under(
             vmm,
             "after a reset to another storage",
@@ -386,6 +389,11 @@ impl Guest<'_> {
         assert_eq!(said.vm["spec"]["storage"], other);
         self.stops_whole();
     }
+}
+
+/// The size that a line of `df -k` tells.
+fn kib(line: &str) -> u64 {
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
 fn sync(file: &Path) {

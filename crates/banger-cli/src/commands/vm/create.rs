@@ -87,10 +87,21 @@ pub(crate) struct CreateArgs {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum DriverWord {
+pub(super) enum DriverWord {
     Auto,
     Firecracker,
     Qemu,
+}
+
+impl DriverWord {
+    /// The choice that the word stands for.
+    pub(super) fn choice(self) -> DriverChoice {
+        match self {
+            Self::Auto => DriverChoice::Auto,
+            Self::Firecracker => DriverChoice::Firecracker,
+            Self::Qemu => DriverChoice::Qemu,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -179,11 +190,7 @@ fn request(args: &CreateArgs) -> CreateVm {
         memory_mib: args.memory,
         overlay_bytes: args.overlay_size,
         disk_bytes: args.disk_size,
-        driver: match args.driver {
-            DriverWord::Auto => DriverChoice::Auto,
-            DriverWord::Firecracker => DriverChoice::Firecracker,
-            DriverWord::Qemu => DriverChoice::Qemu,
-        },
+        driver: args.driver.choice(),
         storage: args.storage.choice(),
         nat: args.nat,
         nat_private: args.nat_private,

@@ -1,5 +1,6 @@
 //! `banger vm start`, `pause`, `resume` and `kill`: verbs that take little but names.
 
+use super::create::DriverWord;
 use super::{boot, for_each, render};
 use crate::commands::network;
 use crate::complete;
@@ -8,9 +9,12 @@ use crate::output::OutputArgs;
 use crate::report::{Failure, Outcome, note};
 use crate::value;
 use banger_api::client::Client;
-use banger_api::endpoint::{Endpoint, Nothing, PostVmKill, PostVmPause, PostVmResume, PostVmStart};
+use banger_api::endpoint::{
+    Endpoint, Nothing, PatchVm, PostVmKill, PostVmPause, PostVmResume, PostVmStart,
+};
 use banger_api::error::ErrorCode;
-use banger_api::vm::Vm;
+use banger_api::vm::{SetVm, Vm};
+use banger_core::spec::DriverChoice;
 use std::time::Duration;
 
 /// The VMs that a verb is for.
@@ -28,10 +32,14 @@ struct Vms {
 #[command(after_help = "Examples:
   banger vm start otter
   banger vm start otter --wait                  Wait until it can be used, and time its boot
-  banger vm start otter fox --wait --timeout 5m")]
+  banger vm start otter fox --wait --timeout 5m
+  banger vm start otter --driver qemu           Another VMM from now on")]
 pub(crate) struct StartArgs {
     #[command(flatten)]
     vms: Vms,
+    /// The VMM that runs them from now on; `auto` lets each start choose. They must be stopped
+    #[arg(long, value_enum)]
+    driver: Option<DriverWord>,
     /// Wait until they are ready; of a single one, print the stages of its boot with their times
     #[arg(long)]
     wait: bool,
@@ -67,9 +75,10 @@ pub(crate) fn start(args: StartArgs) -> Outcome {
     let Vms { vms, output } = args.vms;
     let limit = args.wait.then_some(args.timeout);
     let say_stages = vms.len() == 1;
+    let driver = args.driver.map(DriverWord::choice);
     with_daemon(async |_, daemon| {
         let each = for_each(&daemon, &vms, output, render::line, |client, name| {
-            start_one(client, name, limit, say_stages)
+            start_one(client, name, driver, limit, say_stages)
         });
         tokio::select! {
             outcome = each => outcome,
@@ -84,12 +93,19 @@ pub(crate) fn start(args: StartArgs) -> Outcome {
 async fn start_one(
     client: Client,
     name: String,
+    driver: Option<DriverChoice>,
     limit: Option<Duration>,
     say_stages: bool,
 ) -> Result<Vm, Failure> {
-    let vm = client
-        .call::<PostVmStart>(&[("vm", &name)], &Nothing {})
-        .await?;
+    let parameters = [("vm", name.as_str())];
+    if driver.is_some() {
+        let change = SetVm {
+            driver,
+            ..SetVm::default()
+        };
+        client.call::<PatchVm>(&parameters, &change).await?;
+    }
+    let vm = client.call::<PostVmStart>(&parameters, &Nothing {}).await?;
     network::warn_about(&client, &vm).await;
     match limit {
         Some(limit) => boot::watch(&client, vm, limit, say_stages).await,

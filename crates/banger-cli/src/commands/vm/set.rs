@@ -1,5 +1,6 @@
 //! `banger vm set`.
 
+use super::create::DriverWord;
 use super::render;
 use crate::commands::network;
 use crate::complete;
@@ -19,7 +20,10 @@ use clap::ValueEnum;
 #[derive(Debug, clap::Args)]
 #[command(override_usage = "banger vm set [OPTIONS] <NAME>")]
 #[command(group = clap::ArgGroup::new("change")
-    .args(["vcpu", "memory", "name", "image", "disk_size", "nat", "nat_private", "autostart", "cpu_limit"])
+    .args([
+        "vcpu", "memory", "name", "image", "kernel", "driver", "overlay_size", "disk_size", "nat", "nat_private",
+        "autostart", "cpu_limit",
+    ])
     .required(true)
     .multiple(true))]
 #[command(after_help = "Examples:
@@ -27,6 +31,7 @@ use clap::ValueEnum;
   banger vm set otter --name calm-otter     Its host name follows at the next boot
   banger vm set otter --disk-size 32G       Grow its work disk; a disk never shrinks
   banger vm set otter --cpu-limit 150%      At most one and a half CPUs of this host (`none` ends it)
+  banger vm set otter --driver firecracker  Another VMM from its next start on
   banger vm set otter --image web           Boot another image: what it wrote to `/` is thrown away")]
 pub(crate) struct SetArgs {
     /// The VM, by name, id or unambiguous prefix
@@ -45,6 +50,15 @@ pub(crate) struct SetArgs {
     /// terminal
     #[arg(long, add = complete::images())]
     image: Option<String>,
+    /// Another kernel, such as `default`, from its next start on
+    #[arg(long, add = complete::kernels())]
+    kernel: Option<String>,
+    /// The VMM that runs it from its next start on; `auto` lets each start choose
+    #[arg(long, value_enum)]
+    driver: Option<DriverWord>,
+    /// More new data that it may write to `/`; the filesystem grows at the next boot, whatever the storage
+    #[arg(long, value_name = "SIZE", value_parser = value::disk_bytes)]
+    overlay_size: Option<u64>,
     /// A larger work disk; its filesystem grows at the next boot. Without one before, it gets one
     #[arg(long, value_name = "SIZE", value_parser = value::disk_bytes)]
     disk_size: Option<u64>,
@@ -117,6 +131,9 @@ fn request(args: &SetArgs) -> SetVm {
         memory_mib: args.memory,
         name: args.name.clone().map(String::from),
         image: args.image.clone(),
+        kernel: args.kernel.clone(),
+        driver: args.driver.map(DriverWord::choice),
+        overlay_bytes: args.overlay_size,
         disk_bytes: args.disk_size,
         nat: args.nat.map(on),
         nat_private: args.nat_private.map(on),
@@ -129,6 +146,7 @@ fn request(args: &SetArgs) -> SetVm {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use banger_core::spec::DriverChoice;
     use clap::Parser;
 
     #[derive(Debug, Parser)]
@@ -155,6 +173,18 @@ mod tests {
         let request = parse(&["--disk-size", "32G", "--image", "web"]).unwrap();
         assert_eq!(request.disk_bytes, Some(32 << 30));
         assert_eq!(request.image.as_deref(), Some("web"));
+        let words = [
+            "--driver",
+            "auto",
+            "--kernel",
+            "new",
+            "--overlay-size",
+            "16G",
+        ];
+        let request = parse(&words).unwrap();
+        assert_eq!(request.driver, Some(DriverChoice::Auto));
+        assert_eq!(request.kernel.as_deref(), Some("new"));
+        assert_eq!(request.overlay_bytes, Some(16 << 30));
         let request = parse(&["--nat-private", "on"]).unwrap();
         assert_eq!((request.nat, request.nat_private), (None, Some(true)));
         for (text, limit) in [("150%", 150), ("20", 20), ("none", 0)] {
