@@ -1,7 +1,8 @@
 //! A daemon for the tests of the command line: it keeps the protocol of starting and stopping, and answers a few
 //! requests from fixed text. It ends by itself, whatever becomes of the test.
 //!
-//! `FAKE_BANGERD` makes it misbehave: `error`, `silent-exit`, `garbage`, `refuse`.
+//! `FAKE_BANGERD` makes it misbehave: `error`, `silent-exit`, `garbage`, `refuse`, and `slow`, which answers questions
+//! but does nothing in time.
 
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::paths::{Paths, ProcessEnv};
@@ -59,14 +60,15 @@ fn main() -> std::io::Result<()> {
     });
     say(&serde_json::json!({"ready": true}));
     let refuses = misbehaviour == "refuse";
+    let slow = misbehaviour == "slow";
     for stream in listener.incoming() {
         let paths = paths.clone();
-        std::thread::spawn(move || serve(stream?, &paths, refuses));
+        std::thread::spawn(move || serve(stream?, &paths, refuses, slow));
     }
     Ok(())
 }
 
-fn serve(stream: UnixStream, paths: &Paths, refuses: bool) -> std::io::Result<()> {
+fn serve(stream: UnixStream, paths: &Paths, refuses: bool, slow: bool) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut request = String::new();
     reader.read_line(&mut request)?;
@@ -95,6 +97,12 @@ fn serve(stream: UnixStream, paths: &Paths, refuses: bool) -> std::io::Result<()
         String::from_utf8_lossy(&body)
     )?;
 
+    let body = String::from_utf8_lossy(&body);
+    let ends = request.contains("/v1/daemon/stop") && !body.contains("\"vms\":true");
+    if slow && !request.starts_with("GET ") && !ends {
+        std::thread::sleep(LIFETIME);
+        return Ok(());
+    }
     let (status, reply) = answer(&request, paths, refuses);
     let build = std::env::var("FAKE_BUILD")
         .or_else(|_| build_id(&std::env::current_exe()?))

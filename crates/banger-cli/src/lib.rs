@@ -8,6 +8,7 @@ mod context;
 mod ensure_daemon;
 mod escape;
 mod output;
+mod patience;
 mod progress;
 mod report;
 mod ssh;

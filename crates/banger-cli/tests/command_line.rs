@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's failure is a panic")]
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -16,8 +16,10 @@ impl TestEnv {
         let folder = tempfile::tempdir().unwrap();
         let env = Self { folder };
         std::fs::create_dir(env.path("libexec")).unwrap();
-        // A copy, since a build is identified by its file.
-        std::fs::copy(fake_bangerd(), env.path("libexec/bangerd")).unwrap();
+        // A copy, since a build is identified by its file. Made by another process: what this one has open for writing
+        // while another of its threads starts something cannot be run.
+        let copied = copy(&fake_bangerd(), &env.path("libexec/bangerd"));
+        assert!(copied.success());
         env
     }
 
@@ -66,6 +68,11 @@ impl Drop for TestEnv {
     fn drop(&mut self) {
         let _ = self.command(&["daemon", "stop"]).output();
     }
+}
+
+#[expect(clippy::disallowed_methods, reason = "makes a copy for the test")]
+fn copy(from: &Path, to: &Path) -> std::process::ExitStatus {
+    Command::new("cp").arg(from).arg(to).status().unwrap()
 }
 
 fn fake_bangerd() -> PathBuf {
@@ -541,8 +548,8 @@ fn what_is_left_of_a_repair_or_in_the_trash_is_an_exit_code() {
     );
 }
 
-/// Runs the program at a terminal whose person answers `answer`; what it said is in `stdout`.
-fn at_a_terminal(env: &TestEnv, arguments: &[&str], answer: &str) -> Run {
+/// A terminal: the person's side of it, and the program's.
+fn terminal() -> (std::fs::File, std::fs::File) {
     use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
     let person = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
     grantpt(&person).unwrap();
@@ -553,16 +560,116 @@ fn at_a_terminal(env: &TestEnv, arguments: &[&str], answer: &str) -> Run {
         .write(true)
         .open(name.to_str().unwrap())
         .unwrap();
+    (person.into(), terminal)
+}
+
+/// Runs the program at a terminal whose person answers `answer`; what it said is in `stdout`.
+fn at_a_terminal(env: &TestEnv, arguments: &[&str], answer: &str) -> Run {
+    let (mut person, terminal) = terminal();
     // Typed ahead: a terminal keeps what was typed until it is read.
-    std::fs::File::from(person.try_clone().unwrap())
-        .write_all(answer.as_bytes())
-        .unwrap();
+    person.write_all(answer.as_bytes()).unwrap();
     let mut command = env.command(arguments);
     command
         .stdin(terminal.try_clone().unwrap())
         .stderr(terminal)
         .stdout(Stdio::piped());
     Run::of(command.output().unwrap())
+}
+
+/// A program at a terminal that is read as it speaks.
+struct Spoken {
+    child: std::process::Child,
+    person: std::fs::File,
+    said: String,
+}
+
+impl Spoken {
+    fn start(env: &TestEnv, arguments: &[&str]) -> Self {
+        let (person, terminal) = terminal();
+        let mut command = env.command(arguments);
+        let child = command.stderr(terminal).stdout(Stdio::piped()).spawn();
+        Self {
+            child: child.unwrap(),
+            person,
+            said: String::new(),
+        }
+    }
+
+    /// Reads until it has said `words`, or has ended.
+    fn hear(&mut self, words: &str) {
+        let mut buffer = [0; 4096];
+        while !self.said.contains(words) {
+            // A terminal whose other side is closed is an error.
+            match self.person.read(&mut buffer) {
+                Ok(0) | Err(_) => break,
+                Ok(bytes) => self
+                    .said
+                    .push_str(&String::from_utf8_lossy(&buffer[..bytes])),
+            }
+        }
+    }
+
+    fn interrupt(&self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    }
+}
+
+#[test]
+fn what_takes_long_says_so_at_a_terminal_and_what_goes_on_after_ctrl_c() {
+    let env = TestEnv::new();
+    env.run_with(("FAKE_BANGERD", "slow"), &["daemon", "start"])
+        .expect(0);
+    let verbs: [(&[&str], &str, &str); 12] = [
+        (&["vm", "create"], "the VM to be made", "vm list"),
+        (
+            &["vm", "create", "--storage", "copy"],
+            "a copy of its image",
+            "vm list",
+        ),
+        (&["vm", "start", "fox"], "the start of fox", "vm list"),
+        (
+            &["vm", "stop", "fox", "owl"],
+            "the shutdown of fox, owl",
+            "vm list",
+        ),
+        (&["vm", "restart", "fox"], "the restart of fox", "vm list"),
+        (
+            &["vm", "set", "fox", "--driver", "qemu"],
+            "the change of fox",
+            "vm show fox",
+        ),
+        (&["vm", "reset", "fox"], "a fresh `/` of fox", "vm why"),
+        (
+            &["vm", "delete", "fox"],
+            "the deletion of fox",
+            "trash list",
+        ),
+        (&["vm", "restore"], "stopped VMs to start", "vm list"),
+        (&["trash", "empty"], "to be removed", "trash list"),
+        (&["host", "clean", "--force"], "the VMs to stop", "host ls"),
+        (
+            &["daemon", "stop", "--vms"],
+            "the VMs to shut down",
+            "daemon stop",
+        ),
+    ];
+    let mut all: Vec<Spoken> = verbs
+        .iter()
+        .map(|(arguments, ..)| Spoken::start(&env, arguments))
+        .collect();
+    for (spoken, (arguments, what, look)) in all.iter_mut().zip(verbs) {
+        spoken.hear("waiting for ");
+        spoken.interrupt();
+        spoken.hear("never said");
+        let code = spoken.child.wait().unwrap().code();
+        let said = &spoken.said;
+        assert_eq!(code, Some(130), "{arguments:?}: {said}");
+        assert!(said.contains(what), "{arguments:?}: {said}");
+        let (_, after) = said.split_once("no longer waiting; ").unwrap();
+        let look = format!("`banger {look}");
+        assert!(after.contains(&look), "{arguments:?}: {said}");
+    }
 }
 
 #[test]

@@ -544,6 +544,32 @@ fn a_vm_comes_back_from_the_trash_under_another_name_if_its_own_is_taken() {
     assert_eq!(env.banger(&["vm", "undelete", "old-otter"]).status, 4);
 }
 
+/// Whoever asked has left: what was begun is done to its end all the same.
+#[test]
+#[ignore = "system test"]
+fn the_trash_is_emptied_to_its_end_whoever_waits() {
+    use std::io::Write;
+    let Some(env) = world("the_trash_is_emptied_to_its_end_whoever_waits") else {
+        return;
+    };
+    let names: Vec<String> = (0..13).map(|number| format!("fox-{number}")).collect();
+    for name in &names {
+        create_stopped(&env, name);
+    }
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    env.ok(&[&["vm", "delete"], &names[..]].concat());
+    let mut asked = std::os::unix::net::UnixStream::connect(env.socket()).unwrap();
+    asked
+        .write_all(b"POST /v1/trash/empty HTTP/1.1\r\nhost: banger\r\ncontent-length: 0\r\n\r\n")
+        .unwrap();
+    eventually("some are gone", || {
+        (env.vm_folders().len() < names.len()).then_some(())
+    });
+    drop(asked);
+    eventually("all are gone", || env.vm_folders().is_empty().then_some(()));
+    assert_eq!(env.vms(), Vec::<Value>::new());
+}
+
 #[test]
 #[ignore = "system test"]
 fn what_was_running_before_a_crash_is_restored_and_nothing_else() {

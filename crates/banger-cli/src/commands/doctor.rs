@@ -4,6 +4,7 @@ use super::mended;
 use crate::context::with_daemon;
 use crate::escape;
 use crate::output::{OutputArgs, json, print};
+use crate::patience::{Wait, cancelled};
 use crate::report::Outcome;
 use anstyle::{AnsiColor, Style};
 use banger_api::daemon::{Check, Verdict};
@@ -28,11 +29,15 @@ pub(crate) struct DoctorArgs {
 pub(crate) fn run(args: DoctorArgs) -> Outcome {
     with_daemon(async |_, daemon| {
         if args.repair {
-            let done = daemon
-                .client
-                .call::<PostDoctorRepair>(&[], &Nothing {})
-                .await?;
-            return mended(&done, args.output, "nothing differs from the records");
+            let wait = Wait {
+                what: "what differs from the records to be put right",
+                goes_on: "all of it is put right all the same: `banger host ls` shows what is left",
+            };
+            let repair = daemon.client.call::<PostDoctorRepair>(&[], &Nothing {});
+            let Some(done) = wait.of(repair).await else {
+                return cancelled();
+            };
+            return mended(&done?, args.output, "nothing differs from the records");
         }
         let checks = daemon.client.call::<GetDoctor>(&[], &Nothing {}).await?;
         if args.output.json {

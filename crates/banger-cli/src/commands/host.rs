@@ -3,6 +3,7 @@
 use super::mended;
 use crate::context::with_daemon;
 use crate::output::{OutputArgs, json, print, table};
+use crate::patience::{Wait, cancelled};
 use crate::report::{Outcome, note};
 use banger_api::endpoint::{GetHost, Nothing, PostHostClean};
 use banger_api::host::{CleanHost, HostObject};
@@ -74,8 +75,19 @@ fn render(objects: &[HostObject]) -> String {
 fn clean(args: CleanArgs) -> Outcome {
     let request = CleanHost { force: args.force };
     with_daemon(async |_, daemon| {
-        let done = daemon.client.call::<PostHostClean>(&[], &request).await?;
-        mended(&done, args.output, "there was nothing to remove")
+        let wait = Wait {
+            what: if args.force {
+                "the VMs to stop, then for what banger has on this host to be removed"
+            } else {
+                "what banger has on this host to be removed"
+            },
+            goes_on: "all of it is done all the same: `banger host ls` shows what is left",
+        };
+        let clean = daemon.client.call::<PostHostClean>(&[], &request);
+        let Some(done) = wait.of(clean).await else {
+            return cancelled();
+        };
+        mended(&done?, args.output, "there was nothing to remove")
     })
 }
 

@@ -5,6 +5,7 @@ use super::{done_to_each, worst};
 use crate::confirm::ConfirmArgs;
 use crate::context::with_daemon;
 use crate::output::{OutputArgs, json, print};
+use crate::patience::{Wait, cancelled};
 use crate::report::{Failure, Outcome, note};
 use banger_api::endpoint::{GetVms, Nothing, PostTrashEmpty};
 use banger_api::vm::ListVms;
@@ -64,10 +65,15 @@ fn empty(args: EmptyArgs) -> Outcome {
     args.confirm
         .ask("This removes all VMs in the trash permanently, disks included.")?;
     with_daemon(async |_, daemon| {
-        let outcomes = daemon
-            .client
-            .call::<PostTrashEmpty>(&[], &Nothing {})
-            .await?;
+        let wait = Wait {
+            what: "the VMs in the trash to be removed",
+            goes_on: "all of them are removed all the same: `banger trash list` shows what is left",
+        };
+        let empty = daemon.client.call::<PostTrashEmpty>(&[], &Nothing {});
+        let Some(emptied) = wait.of(empty).await else {
+            return cancelled();
+        };
+        let outcomes = emptied?;
         if args.output.json {
             json(&outcomes)?;
         } else if outcomes.is_empty() {

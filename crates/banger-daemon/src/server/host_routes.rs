@@ -17,7 +17,7 @@ use banger_core::spec::{LivePatch, VmSpecPatch};
 use jiff::Timestamp;
 
 pub(super) fn routes(router: Router<App>) -> Router<App> {
-    let router = json_route::<PostVmReset, _>(router, reset);
+    let router = json_route::<PostVmReset, _>(router, |call| to_its_end(reset(call)));
     let router = json_route::<PostVmUndelete, _>(router, undelete);
     let router = json_route::<PostVmPorts, _>(router, publish);
     let router = json_route::<DeleteVmPorts, _>(router, unpublish);
@@ -26,11 +26,11 @@ pub(super) fn routes(router: Router<App>) -> Router<App> {
     let router = json_route::<PostRestore, _>(router, |call| async move {
         super::routes::going_down(&call)?;
         let autostart = call.request.autostart;
-        let wanted = |record: &VmRecord| !autostart || record.spec.autostart;
-        Ok(call.app.registry.restore(wanted).await)
+        let wanted = move |record: &VmRecord| !autostart || record.spec.autostart;
+        to_its_end(async move { Ok(call.app.registry.restore(wanted).await) }).await
     });
-    let router = json_route::<PostTrashEmpty, _>(router, |call| async move {
-        Ok(call.app.registry.empty_trash(Timestamp::now()).await)
+    let router = json_route::<PostTrashEmpty, _>(router, |call| {
+        to_its_end(async move { Ok(call.app.registry.empty_trash(Timestamp::now()).await) })
     });
     let router =
         json_route::<GetNetwork, _>(
@@ -44,11 +44,11 @@ pub(super) fn routes(router: Router<App>) -> Router<App> {
         );
     let router =
         json_route::<GetHost, _>(router, |call| async move { ledger::list(&call.app).await });
-    let router = json_route::<PostHostClean, _>(router, |call| async move {
-        ledger::clean(&call.app, &call.request).await
+    let router = json_route::<PostHostClean, _>(router, |call| {
+        to_its_end(async move { ledger::clean(&call.app, &call.request).await })
     });
-    let router = json_route::<PostDoctorRepair, _>(router, |call| async move {
-        Ok(doctor::repair(&call.app).await)
+    let router = json_route::<PostDoctorRepair, _>(router, |call| {
+        to_its_end(async move { Ok(doctor::repair(&call.app).await) })
     });
     raw_route::<GetMetrics, _>(router, |call, _| async move {
         let kind = "text/plain; version=0.0.4";

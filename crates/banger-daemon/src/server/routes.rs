@@ -49,7 +49,7 @@ pub(super) fn router() -> Router<App> {
         Ok(convert::vm(&call.app.world, &handle.latest()))
     });
     let router = json_route::<PatchVm, _>(router, set_vm);
-    let router = json_route::<DeleteVmEndpoint, _>(router, delete_vm);
+    let router = json_route::<DeleteVmEndpoint, _>(router, |call| to_its_end(delete_vm(call)));
     let router = json_route::<PostVmStart, _>(router, |call| simple(call, Request::Start));
     let router = json_route::<PostVmStop, _>(router, |call| stop(call, Request::Stop));
     let router = json_route::<PostVmRestart, _>(router, |call| stop(call, Request::Restart));

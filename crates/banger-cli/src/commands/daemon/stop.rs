@@ -2,6 +2,7 @@
 
 use crate::context::{Context, block_on};
 use crate::ensure_daemon::{status, stop_if_running};
+use crate::patience::{Wait, cancelled};
 use crate::report::{Outcome, note, warn};
 use crate::systemd;
 use banger_api::client::Client;
@@ -60,7 +61,21 @@ pub(crate) fn run(args: StopArgs) -> Outcome {
         } else {
             left_alone(&running(&context.paths).await)
         };
-        if !stop_if_running(&context.paths, request, limit).await? {
+        let stop = stop_if_running(&context.paths, request, limit);
+        let stopped = if args.vms {
+            let wait = Wait {
+                what: "the VMs to shut down, then for the daemon to end",
+                goes_on: "the VMs shut down all the same, and the daemon stays unless it was ending: \
+                          `banger vm list` shows them, `banger daemon stop` ends it",
+            };
+            let Some(stopped) = wait.of(stop).await else {
+                return cancelled();
+            };
+            stopped
+        } else {
+            stop.await
+        };
+        if !stopped? {
             note("the daemon does not run");
         } else if let Some(message) = alone {
             warn(

@@ -5,11 +5,10 @@ use crate::commands::network;
 use crate::complete;
 use crate::context::with_daemon;
 use crate::output::{OutputArgs, fields, json, print};
+use crate::patience::{Wait, cancelled};
 use crate::report::{Failure, Outcome, note};
 use crate::value;
-use banger_api::client::ClientError;
 use banger_api::endpoint::PostVms;
-use banger_api::error::ErrorCode;
 use banger_api::vm::{CreateVm, Vm};
 use banger_core::name::VmName;
 use banger_core::publish::PublishedPort;
@@ -133,14 +132,17 @@ pub(crate) fn run(args: CreateArgs) -> Outcome {
         let create = daemon
             .client
             .call_identified::<PostVms>(&[], &request, Some(&key));
-        let created: Result<Vm, ClientError> = tokio::select! {
-            created = create => created.map(|(vm, _)| vm),
-            _ = tokio::signal::ctrl_c() => {
-                note("no longer waiting; the daemon goes on: `banger vm list` shows the VM");
-                return Ok(ErrorCode::Cancelled.exit_code());
-            }
+        let wait = Wait {
+            what: match request.storage {
+                StorageChoice::Copy => "the VM to be made, with a copy of its image",
+                _ => "the VM to be made",
+            },
+            goes_on: "the daemon goes on: `banger vm list` shows the VM",
         };
-        let mut vm = created?;
+        let Some(created) = wait.of(create).await else {
+            return cancelled();
+        };
+        let (mut vm, _): (Vm, _) = created?;
         // Told before the wait, so that the VM is known whatever comes of that.
         if !args.output.json {
             print(&fields([
@@ -157,7 +159,7 @@ pub(crate) fn run(args: CreateArgs) -> Outcome {
                 },
                 _ = tokio::signal::ctrl_c() => {
                     note(&format!("no longer waiting; vm `{name}` boots on"));
-                    return Ok(ErrorCode::Cancelled.exit_code());
+                    return cancelled();
                 }
             };
         }

@@ -5,6 +5,7 @@ use crate::complete;
 use crate::confirm::ConfirmArgs;
 use crate::context::with_daemon;
 use crate::output::OutputArgs;
+use crate::patience::Wait;
 use crate::report::Outcome;
 use banger_api::endpoint::DeleteVmEndpoint;
 use banger_api::vm::DeleteVm;
@@ -51,14 +52,18 @@ pub(crate) fn run(args: DeleteArgs) -> Outcome {
         } else {
             render::line
         };
-        for_each(&daemon, &args.vms, args.output, line, |client, name| {
+        let wait = Wait {
+            what: &format!("the deletion of {}", args.vms.join(", ")),
+            goes_on: "it goes on all the same: `banger vm list` and `banger trash list` show what is left",
+        };
+        let each = for_each(&daemon, &args.vms, args.output, line, |client, name| {
             let request = request.clone();
             async move {
                 client
                     .call::<DeleteVmEndpoint>(&[("vm", &name)], &request)
                     .await
             }
-        })
-        .await
+        });
+        wait.outcome(each).await
     })
 }

@@ -6,13 +6,13 @@ use crate::commands::network;
 use crate::complete;
 use crate::context::with_daemon;
 use crate::output::OutputArgs;
-use crate::report::{Failure, Outcome, note};
+use crate::patience::Wait;
+use crate::report::{Failure, Outcome};
 use crate::value;
 use banger_api::client::Client;
 use banger_api::endpoint::{
     Endpoint, Nothing, PatchVm, PostVmKill, PostVmPause, PostVmResume, PostVmStart,
 };
-use banger_api::error::ErrorCode;
 use banger_api::vm::{SetVm, Vm};
 use banger_core::spec::DriverChoice;
 use std::time::Duration;
@@ -80,13 +80,11 @@ pub(crate) fn start(args: StartArgs) -> Outcome {
         let each = for_each(&daemon, &vms, output, render::line, |client, name| {
             start_one(client, name, driver, limit, say_stages)
         });
-        tokio::select! {
-            outcome = each => outcome,
-            _ = tokio::signal::ctrl_c(), if limit.is_some() => {
-                note("no longer waiting; what was started boots on");
-                Ok(ErrorCode::Cancelled.exit_code())
-            }
-        }
+        let wait = Wait {
+            what: &format!("the start of {}", vms.join(", ")),
+            goes_on: "what was started boots on: `banger vm list` shows it",
+        };
+        wait.outcome(each).await
     })
 }
 

@@ -6,6 +6,7 @@ use crate::complete;
 use crate::confirm::ConfirmArgs;
 use crate::context::with_daemon;
 use crate::output::OutputArgs;
+use crate::patience::Wait;
 use crate::report::Outcome;
 use banger_api::endpoint::PostVmReset;
 use banger_api::vm::{ResetVm, Vm};
@@ -39,11 +40,15 @@ pub(crate) fn run(args: ResetArgs) -> Outcome {
         storage: args.storage.map(StorageWord::choice),
     };
     with_daemon(async |_, daemon| {
-        for_each(&daemon, &args.vms, args.output, line, |client, name| {
+        let wait = Wait {
+            what: &format!("a fresh `/` of {names}"),
+            goes_on: "they are reset all the same: `banger vm why NAME` tells when that is done",
+        };
+        let each = for_each(&daemon, &args.vms, args.output, line, |client, name| {
             let request = request.clone();
             async move { client.call::<PostVmReset>(&[("vm", &name)], &request).await }
-        })
-        .await
+        });
+        wait.outcome(each).await
     })
 }
 

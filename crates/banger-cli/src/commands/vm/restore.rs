@@ -3,6 +3,7 @@
 use crate::commands::{done_to_each, worst};
 use crate::context::with_daemon;
 use crate::output::{OutputArgs, json, print};
+use crate::patience::{Wait, cancelled};
 use crate::report::{Failure, Outcome, note};
 use banger_api::endpoint::PostRestore;
 use banger_api::vm::RestoreVms;
@@ -27,7 +28,15 @@ pub(crate) fn run(args: RestoreArgs) -> Outcome {
         autostart: args.autostart,
     };
     with_daemon(async |_, daemon| {
-        let outcomes = daemon.client.call::<PostRestore>(&[], &request).await?;
+        let wait = Wait {
+            what: "stopped VMs to start",
+            goes_on: "all of them start all the same: `banger vm list` shows them",
+        };
+        let restore = daemon.client.call::<PostRestore>(&[], &request);
+        let Some(restored) = wait.of(restore).await else {
+            return cancelled();
+        };
+        let outcomes = restored?;
         if args.output.json {
             json(&outcomes)?;
         } else if outcomes.is_empty() {

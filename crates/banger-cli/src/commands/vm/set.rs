@@ -7,6 +7,7 @@ use crate::complete;
 use crate::confirm::ConfirmArgs;
 use crate::context::with_daemon;
 use crate::output::{OutputArgs, json, print};
+use crate::patience::{Wait, cancelled};
 use crate::report::{Outcome, note};
 use crate::value;
 use banger_api::endpoint::{GetVm, Nothing, PatchVm};
@@ -105,7 +106,18 @@ pub(crate) fn run(args: SetArgs) -> Outcome {
             ),
             None => None,
         };
-        let vm = daemon.client.call::<PatchVm>(&parameters, &request).await?;
+        let wait = Wait {
+            what: &format!("the change of {}", args.vm),
+            goes_on: &format!(
+                "the change is made all the same: `banger vm show {}` shows it",
+                args.vm
+            ),
+        };
+        let change = daemon.client.call::<PatchVm>(&parameters, &request);
+        let Some(changed) = wait.of(change).await else {
+            return cancelled();
+        };
+        let vm = changed?;
         if before.is_some_and(|before| before.spec.image != vm.spec.image) {
             note(&format!(
                 "the overlay of `{}` was thrown away; its work disk stays",

@@ -4,6 +4,7 @@ use super::{for_each, render};
 use crate::complete;
 use crate::context::with_daemon;
 use crate::output::OutputArgs;
+use crate::patience::Wait;
 use crate::report::Outcome;
 use crate::value;
 use banger_api::endpoint::{Endpoint, PostVmRestart, PostVmStop};
@@ -41,17 +42,23 @@ pub(crate) struct RestartArgs {
 }
 
 pub(crate) fn run(args: StopArgs) -> Outcome {
-    each::<PostVmStop>(args.vms)
+    each::<PostVmStop>(args.vms, "shutdown")
 }
 
 pub(crate) fn restart(args: RestartArgs) -> Outcome {
-    each::<PostVmRestart>(args.vms)
+    each::<PostVmRestart>(args.vms, "restart")
 }
 
-fn each<E: Endpoint<Request = StopVm, Reply = Vm>>(args: Vms) -> Outcome {
+fn each<E: Endpoint<Request = StopVm, Reply = Vm>>(args: Vms, what: &str) -> Outcome {
     let timeout_ms = args.timeout.map(value::milliseconds);
     with_daemon(async |_, daemon| {
-        for_each(
+        let wait = Wait {
+            what: &format!("the {what} of {}", args.vms.join(", ")),
+            goes_on: &format!(
+                "the {what} goes on all the same: `banger vm list` shows how far it is"
+            ),
+        };
+        wait.outcome(for_each(
             &daemon,
             &args.vms,
             args.output,
@@ -61,7 +68,7 @@ fn each<E: Endpoint<Request = StopVm, Reply = Vm>>(args: Vms) -> Outcome {
                     .call::<E>(&[("vm", &name)], &StopVm { timeout_ms })
                     .await
             },
-        )
+        ))
         .await
     })
 }
