@@ -1,7 +1,7 @@
-//! The command line of the system's `ssh`, for one VM.
+//! The command line of the system's `ssh`, for one VM; and the configuration of the person's own `ssh`, for all.
 //!
-//! Nothing of the person's own ssh configuration takes part, the key is banger's own, and the VM's host key is the
-//! pinned one: `ssh` gets it from a command that prints it, so that no file is left behind.
+//! On the command line nothing of the person's own ssh configuration takes part, the key is banger's own, and the VM's
+//! host key is the pinned one: `ssh` gets it from a command that prints it, so that no file is left behind.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -28,7 +28,45 @@ pub(crate) struct SshTarget<'a> {
 /// The host key is not `type base64`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the pinned host key `{}` is no OpenSSH public key", .0.escape_debug())]
-pub(crate) struct HostKeyError(String);
+pub(crate) struct HostKeyError(pub(crate) String);
+
+/// The way to the guest never leaves this machine, and the default costs an emulated guest half a second.
+const KEX: &str = "^curve25519-sha256";
+
+/// The end of the names that VMs have as hosts.
+const DOMAIN: &str = ".vm";
+
+/// The VM that a host is, as ssh says it: `otter.vm`, or `[otter.vm]:2222` where the port is not 22.
+pub(crate) fn vm_of_host(host: &str) -> &str {
+    let bare = host.strip_prefix('[').and_then(|rest| rest.split_once(']'));
+    let name = bare.map_or(host, |(name, _)| name);
+    name.strip_suffix(DOMAIN).unwrap_or(name)
+}
+
+/// A block of ssh's configuration for all VMs by name: `banger` is this program, `identity` the private key.
+pub(crate) fn config_block(banger: &Path, identity: &Path) -> String {
+    let banger = banger.to_string_lossy();
+    let lines = [
+        "User root".to_owned(),
+        format!("ProxyCommand {} vm proxy %h %p", shell_word(&banger)),
+        format!(
+            "KnownHostsCommand {} vm known-host %H",
+            config_word(&banger)
+        ),
+        format!("IdentityFile {}", config_word(identity.to_string_lossy())),
+        "IdentitiesOnly yes".to_owned(),
+        "IdentityAgent none".to_owned(),
+        "StrictHostKeyChecking yes".to_owned(),
+        "UserKnownHostsFile /dev/null".to_owned(),
+        "GlobalKnownHostsFile /dev/null".to_owned(),
+        "UpdateHostKeys no".to_owned(),
+        format!("KexAlgorithms {KEX}"),
+    ];
+    let lines: String = lines.iter().map(|line| format!("  {line}\n")).collect();
+    format!(
+        "# What `banger ssh-config` printed: `ssh NAME{DOMAIN}` reaches the VM NAME.\nHost *{DOMAIN}\n{lines}"
+    )
+}
 
 /// The arguments after `ssh`.
 ///
@@ -50,8 +88,7 @@ pub(crate) fn arguments(
         "IdentitiesOnly=yes".to_owned(),
         "IdentityAgent=none".to_owned(),
         "PreferredAuthentications=publickey".to_owned(),
-        // The way to the guest never leaves this machine, and the default costs an emulated guest half a second.
-        "KexAlgorithms=^curve25519-sha256".to_owned(),
+        format!("KexAlgorithms={KEX}"),
         "UserKnownHostsFile=/dev/null".to_owned(),
         "GlobalKnownHostsFile=/dev/null".to_owned(),
         format!("KnownHostsCommand={}", known_host.join(" ")),
@@ -86,7 +123,7 @@ pub(crate) fn arguments(
 }
 
 /// Type and key of a public host key; its comment is left out.
-fn split_host_key(line: &str) -> Option<(&str, &str)> {
+pub(crate) fn split_host_key(line: &str) -> Option<(&str, &str)> {
     let mut words = line.split_ascii_whitespace();
     let (kind, key) = (words.next()?, words.next()?);
     let is_kind = kind
@@ -182,6 +219,36 @@ mod tests {
                 "'/opt/100%% mine/it'\\''s/banger' 'vm' 'proxy' '0198c2a4-7d1e-7b3a-9c4d-1f2e3d4c5b6a' %p"
             )
         );
+    }
+
+    #[test]
+    fn a_host_is_a_vm_also_at_another_port() {
+        assert_eq!(vm_of_host("otter.vm"), "otter");
+        assert_eq!(vm_of_host("[otter.vm]:2222"), "otter");
+        assert_eq!(vm_of_host("otter"), "otter");
+    }
+
+    #[test]
+    fn the_configuration_for_all_vms_holds_with_any_path() {
+        let block = config_block(
+            Path::new("/opt/100% mine/it's/banger"),
+            Path::new("/home/o/my \"keys\"/id_ed25519"),
+        );
+        insta::assert_snapshot!(block, @r#"
+        # What `banger ssh-config` printed: `ssh NAME.vm` reaches the VM NAME.
+        Host *.vm
+          User root
+          ProxyCommand '/opt/100%% mine/it'\''s/banger' vm proxy %h %p
+          KnownHostsCommand "/opt/100%% mine/it's/banger" vm known-host %H
+          IdentityFile "/home/o/my \"keys\"/id_ed25519"
+          IdentitiesOnly yes
+          IdentityAgent none
+          StrictHostKeyChecking yes
+          UserKnownHostsFile /dev/null
+          GlobalKnownHostsFile /dev/null
+          UpdateHostKeys no
+          KexAlgorithms ^curve25519-sha256
+        "#);
     }
 
     #[test]

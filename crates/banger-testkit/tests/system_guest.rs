@@ -1,6 +1,7 @@
 //! Real guests under emulation, each test a path from end to end.
 
 use banger_testkit::env::TestEnv;
+use banger_testkit::run::Running;
 use banger_testkit::skip::skip;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -18,6 +19,25 @@ fn create(env: &TestEnv, name: &str, more: &[&str]) -> Value {
 
 fn ssh(env: &TestEnv, name: &str, command: &str) -> String {
     env.ok(&["vm", "ssh", name, "--", command])
+}
+
+/// The system's own `ssh` by what `banger ssh-config` prints, of a program whose path has a space.
+fn plain_ssh(env: &TestEnv, host: &str, command: &str) -> String {
+    let folder = env.folder().join("my programs");
+    std::fs::create_dir(&folder).expect("the world's folder is ours");
+    let program = folder.join("banger");
+    std::fs::copy(env.libexec().join("banger"), &program).expect("the program is there");
+    let mut printing = env.command(&program.display().to_string());
+    let printed = Running::start(printing.arg("ssh-config")).finish();
+    let config = folder.join("ssh.config");
+    std::fs::write(&config, printed.stdout).expect("the folder is ours");
+    let mut ssh = env.command("/usr/bin/ssh");
+    ssh.arg("-F")
+        .arg(&config)
+        .args(["-o", "BatchMode=yes", host, command]);
+    let said = Running::start(&mut ssh).finish();
+    assert_eq!(said.status, 0, "{said:?}");
+    said.stdout
 }
 
 #[test]
@@ -46,6 +66,7 @@ fn a_guest_keeps_its_files_and_outlives_its_daemon() {
     let failed = env.banger(&["vm", "ssh", "calm-otter", "--", "exit 7"]);
     assert_eq!(failed.status, 7, "{}", failed.stderr);
     assert_eq!(ssh(&env, "calm-otter", "hostname").trim(), "calm-otter");
+    assert_eq!(plain_ssh(&env, "calm-otter.vm", "hostname"), "calm-otter\n");
     ssh(
         &env,
         "calm-otter",
@@ -165,6 +186,7 @@ fn an_ordinary_user_runs_a_guest_without_any_root() {
     assert!(text.contains("guest says otter"), "{text}");
     assert!(text.contains("mode rootless"), "{text}");
     assert!(text.contains("after the daemon's death: otter"), "{text}");
+    assert!(text.contains("by its name: otter"), "{text}");
     assert!(text.contains("without the node: /dev/net/tun"), "{text}");
     if text.contains("sandbox missing") {
         skip(TEST, "this host refuses a part of the sandbox");
@@ -208,6 +230,8 @@ as_user '
     banger vm show otter | sed "s/  */ /" | grep ^sandbox
     kill -KILL "$(banger daemon status --json | sed -n "s/.*\"pid\": *\([0-9]*\).*/\1/p")"
     echo "after the daemon'"'"'s death: $(banger vm ssh otter -- hostname)"
+    banger ssh-config > "$HOME/ssh.config"
+    echo "by its name: $(ssh -F "$HOME/ssh.config" otter.vm hostname)"
     banger vm stop otter >/dev/null
     banger vm delete --purge otter >/dev/null
 '

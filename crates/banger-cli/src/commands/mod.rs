@@ -13,6 +13,7 @@ mod nat;
 mod net;
 mod network;
 mod port;
+mod ssh_config;
 mod trash;
 mod version;
 mod vm;
@@ -43,6 +44,7 @@ pub(crate) enum Command {
     Kernel(kernel::KernelCommand),
     #[command(subcommand)]
     Driver(driver::DriverCommand),
+    SshConfig(ssh_config::SshConfigArgs),
     #[command(subcommand)]
     Daemon(daemon::DaemonCommand),
     #[command(subcommand)]
@@ -65,6 +67,7 @@ pub(crate) fn run(command: Command) -> Outcome {
         Command::Image(command) => image::run(command),
         Command::Kernel(command) => kernel::run(command),
         Command::Driver(command) => driver::run(command),
+        Command::SshConfig(args) => ssh_config::run(args),
         Command::Daemon(command) => daemon::run(command),
         Command::Host(command) => host::run(command),
         Command::Doctor(args) => doctor::run(args),

@@ -2,6 +2,7 @@
 
 use crate::context::{Context, block_on};
 use crate::report::{Failure, Outcome};
+use crate::ssh::vm_of_host;
 use banger_api::endpoint::GetVmConnect;
 use banger_api::error::ErrorCode;
 use banger_api::vm::ConnectVm;
@@ -12,7 +13,7 @@ use tokio::io::AsyncWriteExt;
 /// Connect stdin and stdout to a TCP port of a VM
 #[derive(Debug, clap::Args)]
 pub(crate) struct ProxyArgs {
-    /// The VM, by name, id or unambiguous prefix
+    /// The VM, by name, id or unambiguous prefix; `NAME.vm` is its name as a host's
     #[arg(value_name = "NAME")]
     vm: String,
     /// The port
@@ -20,12 +21,12 @@ pub(crate) struct ProxyArgs {
 }
 
 pub(crate) fn run(args: ProxyArgs) -> Outcome {
-    // The daemon is there: `ssh` was started by a command that has just asked it.
-    let client = Context::from_env()?.client();
+    let context = Context::from_env()?;
     block_on(async {
+        let client = context.daemon().await?.client;
         let request = ConnectVm { port: args.port };
         let stream = client
-            .upgrade::<GetVmConnect>(&[("vm", &args.vm)], &request)
+            .upgrade::<GetVmConnect>(&[("vm", vm_of_host(&args.vm))], &request)
             .await?;
         let (mut from_guest, mut to_guest) = tokio::io::split(stream);
         let (mut stdin, mut stdout) = (file(std::io::stdin())?, file(std::io::stdout())?);
