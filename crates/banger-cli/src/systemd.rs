@@ -1,9 +1,10 @@
 //! What banger asks systemd: to start the daemon with the host, and whether the host goes down.
 
-use crate::report::Failure;
+use crate::report::{Failure, warn};
 use banger_api::error::ErrorCode;
 use banger_api::paths::{Env as _, Paths, ProcessEnv};
 use banger_api::unit::{self, DAEMON_UNIT, DaemonUnit};
+use banger_core::name::VmName;
 use banger_core::phase::GoingDown;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -17,6 +18,25 @@ pub(crate) fn starts(paths: &Paths, bangerd: &Path) -> bool {
     unit::is_booted()
         && unit::paths(&ProcessEnv).is_ok_and(|managed| managed == *paths)
         && DaemonUnit::find(&ProcessEnv).is_some_and(|unit| unit.enabled && unit.starts(bangerd))
+}
+
+/// Tells when nothing starts the daemon with the host, so that a VM with autostart does not come back by itself.
+pub(crate) fn warn_of_no_autostart(name: &VmName) {
+    let enabled = DaemonUnit::find(&ProcessEnv).is_some_and(|unit| unit.enabled);
+    if unit::is_booted() && enabled {
+        return;
+    }
+    let hint = if unit::is_booted() {
+        "`banger daemon enable` has your systemd start it"
+    } else {
+        "have whatever starts programs here run `banger daemon start` at boot"
+    };
+    warn(
+        &format!(
+            "nothing starts the daemon with this host, so `{name}` does not come back with it"
+        ),
+        &[hint.to_owned()],
+    );
 }
 
 /// Starts the daemon, and returns when it is ready.

@@ -357,6 +357,10 @@ fn bad_values_are_refused_before_anything_is_sent() {
             vec!["driver", "install", "--sha256", "abc"],
             "64 hexadecimal digits",
         ),
+        (
+            vec!["trash", "empty", "otter"],
+            "`banger vm delete --purge otter` removes this one alone",
+        ),
         (vec!["explain", "no-such-code"], "no-such-code"),
         (vec!["vm"], "Usage"),
     ] {
@@ -449,7 +453,16 @@ fn the_verbs_about_the_network_send_what_they_say() {
         "8080:80",
         "--autostart",
     ];
-    env.run(&words).expect(0);
+    let created = env.run(&words).expect(0);
+    let alone = "warning: nothing starts the daemon with this host, so `calm-otter` does not";
+    assert!(created.stderr.contains(alone), "{created:?}");
+    assert!(created.stderr.contains("hint: "), "{created:?}");
+    let set = env
+        .run(&["vm", "set", "fox", "--autostart", "on"])
+        .expect(0);
+    assert!(set.stderr.contains("so `fox` does not"), "{set:?}");
+    let set = env.run(&["vm", "set", "fox", "--autostart", "off"]);
+    assert_eq!(set.expect(0).stderr, "");
     env.run(&["vm", "set", "fox", "--name", "owl", "--nat", "off"])
         .expect(0);
     let up = env.run(&["nat", "up", "fox", "owl"]).expect(0);

@@ -8,7 +8,8 @@ use banger_api::network::DnsStatus;
 
 /// Look at the names of VMs
 ///
-/// Every VM that is not in the trash is `NAME.vm`, for guests and, where that can be, for this host's own programs.
+/// Every VM that is not in the trash is `NAME.vm`, for guests and, where that can be, for this host's own programs. It
+/// has an IPv4 address (A) and no IPv6 one (AAAA), since guests have IPv4 alone.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum DnsCommand {
     Status(StatusArgs),

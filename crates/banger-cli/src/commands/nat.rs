@@ -14,7 +14,7 @@ use banger_api::vm::{SetVm, Vm};
 ///
 /// A new VM has no NAT. With it, its guest reaches the public internet and nothing else: not the host, not other VMs,
 /// not the networks around, unless `--private` opens those too. A change takes effect at once, also for connections
-/// that are open.
+/// that are open. Guests have IPv4 alone: what is on the internet by IPv6 only is out of their reach.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum NatCommand {
     Up(UpArgs),

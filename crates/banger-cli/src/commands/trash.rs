@@ -33,10 +33,22 @@ pub(crate) struct ListArgs {
 /// Asks first on a terminal. `banger vm delete --purge NAME` removes a single one.
 #[derive(Debug, clap::Args)]
 pub(crate) struct EmptyArgs {
+    /// (there is none: all of the trash goes)
+    #[arg(value_name = "NAME", hide = true, value_parser = no_name)]
+    vms: Vec<String>,
     #[command(flatten)]
     confirm: ConfirmArgs,
     #[command(flatten)]
     output: OutputArgs,
+}
+
+/// Who names one VM does not mean all.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the trash is emptied as a whole; `banger vm delete --purge {0}` removes this one alone")]
+struct NameError(String);
+
+fn no_name(name: &str) -> Result<String, NameError> {
+    Err(NameError(name.escape_debug().to_string()))
 }
 
 pub(crate) fn run(command: TrashCommand) -> Outcome {

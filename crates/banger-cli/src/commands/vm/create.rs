@@ -7,6 +7,7 @@ use crate::context::with_daemon;
 use crate::output::{OutputArgs, fields, json, print};
 use crate::patience::{Wait, cancelled};
 use crate::report::{Failure, Outcome, note};
+use crate::systemd;
 use crate::value;
 use banger_api::endpoint::PostVms;
 use banger_api::vm::{CreateVm, Vm};
@@ -164,6 +165,9 @@ pub(crate) fn run(args: CreateArgs) -> Outcome {
             };
         }
         network::warn_about(&daemon.client, &vm).await;
+        if request.autostart {
+            systemd::warn_of_no_autostart(&vm.name);
+        }
         if args.output.json {
             json(&vm)?;
         } else {

@@ -9,6 +9,7 @@ use crate::context::with_daemon;
 use crate::output::{OutputArgs, json, print};
 use crate::patience::{Wait, cancelled};
 use crate::report::{Outcome, note};
+use crate::systemd;
 use crate::value;
 use banger_api::endpoint::{GetVm, Nothing, PatchVm};
 use banger_api::vm::SetVm;
@@ -126,6 +127,9 @@ pub(crate) fn run(args: SetArgs) -> Outcome {
         }
         if request.nat == Some(true) || request.nat_private == Some(true) {
             network::warn_about(&daemon.client, &vm).await;
+        }
+        if request.autostart == Some(true) {
+            systemd::warn_of_no_autostart(&vm.name);
         }
         if args.output.json {
             json(&vm)?;
