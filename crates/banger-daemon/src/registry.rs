@@ -8,7 +8,7 @@ use crate::keys;
 use crate::record::VmRecord;
 use crate::storage::Layer;
 use crate::vm::actor::{self, Found};
-use crate::vm::changing::port_taken;
+use crate::vm::changing::{choose_another, port_taken};
 use crate::vm::files::VmFiles;
 use crate::vm::{Ask, Change, Handle, View};
 use crate::world::World;
@@ -218,11 +218,13 @@ impl Registry {
         .map(|(_, handle)| handle.clone())
     }
 
-    /// Holds the places of ports, unless another VM that is not in the trash has one of them, or is about to.
+    /// Holds the places of ports, unless another VM that is not in the trash has one of them, or is about to; `hint`
+    /// says what helps then.
     fn hold_ports(
         self: &Arc<Self>,
         own: VmId,
         ports: &BTreeSet<PublishedPort>,
+        hint: impl Fn(&str) -> String,
     ) -> Result<HeldPorts, ErrorBody> {
         let mut state = self.state();
         for handle in state.handles.values().filter(|handle| handle.id != own) {
@@ -233,7 +235,7 @@ impl Registry {
             for port in ports {
                 let mut others = view.record.spec.ports.iter();
                 if let Some(other) = others.find(|other| other.collides(port)) {
-                    return Err(port_taken(port, other, &view.record.name));
+                    return Err(port_taken(port, other, &view.record.name, hint));
                 }
             }
         }
@@ -244,9 +246,8 @@ impl Registry {
                     "cannot publish {} ({}): another VM is being given {other}",
                     port.listen, port.protocol
                 );
-                return Err(ErrorBody::new(ErrorCode::Conflict, message).hint(
-                    "choose another port of the host; `banger port list` shows whose it is",
-                ));
+                return Err(ErrorBody::new(ErrorCode::Conflict, message)
+                    .hint(hint("`banger port list` shows whose it is")));
             }
         }
         let held = ports.iter().map(|port| (own, port.clone()));
@@ -265,7 +266,7 @@ impl Registry {
         change: Change,
     ) -> Result<View, ErrorBody> {
         let port = change.patch.live.publish.iter().cloned().collect();
-        let _port = self.hold_ports(handle.id, &port)?;
+        let _port = self.hold_ports(handle.id, &port, choose_another)?;
         let _held = match &change.name {
             Some(name) if *name != handle.latest().record.name => {
                 let held = self.hold_name(name);
@@ -310,7 +311,14 @@ impl Registry {
                 record.id
             ))
         })?;
-        let _ports = self.hold_ports(handle.id, &record.spec.ports)?;
+        // Its own ports stay as they are while it is in the trash.
+        let give_up = |way: &str| {
+            let name = &record.name;
+            format!(
+                "{way}, then `banger vm undelete {name}` again: no port of a VM in the trash can be changed"
+            )
+        };
+        let _ports = self.hold_ports(handle.id, &record.spec.ports, give_up)?;
         handle
             .ask(Ask {
                 name,
@@ -528,7 +536,7 @@ impl Registry {
         let record =
             record.unwrap_or_else(|error| Err(ErrorBody::from_error(ErrorCode::Internal, &error)));
         let (record, held) = match record.and_then(|draft| {
-            let ports = self.hold_ports(id, &draft.spec.ports)?;
+            let ports = self.hold_ports(id, &draft.spec.ports, choose_another)?;
             let reservation = self.reserve(world, name, key)?;
             let record = draft.complete(reservation.name.clone(), reservation.address);
             Ok((record, (ports, reservation)))

@@ -531,6 +531,33 @@ fn a_vm_comes_back_from_the_trash_under_another_name_if_its_own_is_taken() {
     let there = env.banger(&["vm", "undelete", "old-otter", "--name", "fox"]);
     assert_refused(&there, 5, "`old-otter` is not in the trash");
 
+    // Neither are its ports changed in the trash: whoever has one now gives it up.
+    let port = |name| {
+        [
+            &[
+                "vm",
+                "create",
+                "--no-start",
+                "--name",
+                name,
+                "-p",
+                "8080:80",
+            ][..],
+            &SIZE,
+        ]
+        .concat()
+    };
+    env.ok(&port("elk"));
+    env.ok(&["vm", "delete", "elk"]);
+    env.ok(&port("owl"));
+    let taken = env.banger(&["vm", "undelete", "elk"]);
+    assert_refused(&taken, 5, "`owl` has 127.0.0.1:8080:80/tcp there");
+    let way = "banger port rm owl 127.0.0.1:8080/tcp`, then `banger vm undelete elk` again";
+    assert!(taken.stderr.contains(way), "{taken:?}");
+    env.ok(&["port", "rm", "owl", "127.0.0.1:8080/tcp"]);
+    env.ok(&["vm", "undelete", "elk"]);
+    env.ok(&["vm", "delete", "--purge", "elk", "owl"]);
+
     let image = env.json(&["image", "show", "tiny"]);
     assert_eq!(image["kernel"], first["spec"]["kernel"]);
     // What the trash still needs of an image is told by name.

@@ -86,15 +86,16 @@ fn a_port_that_one_vm_is_being_given_is_not_given_to_another() {
     let registry = Arc::new(Registry::default());
     let id = |number| VmId::from_uuid(Uuid::from_u128(number));
     let ports = |port: &str| BTreeSet::from([port.parse::<PublishedPort>().unwrap()]);
-    let held = registry.hold_ports(id(1), &ports("8080:80")).unwrap();
+    let hold = |number, port| registry.hold_ports(id(number), &ports(port), choose_another);
+    let held = hold(1, "8080:80").unwrap();
     for colliding in ["8080:81", "0.0.0.0:8080:80"] {
-        let refused = registry.hold_ports(id(2), &ports(colliding)).err().unwrap();
+        let refused = hold(2, colliding).err().unwrap();
         assert_eq!(refused.code, ErrorCode::Conflict);
     }
-    let again = registry.hold_ports(id(1), &ports("8080:80")).unwrap();
-    let other = registry.hold_ports(id(2), &ports("8081:80")).unwrap();
+    let again = hold(1, "8080:80").unwrap();
+    let other = hold(2, "8081:80").unwrap();
     drop((held, other));
-    assert!(registry.hold_ports(id(2), &ports("8080:80")).is_err());
+    assert!(hold(2, "8080:80").is_err());
     drop(again);
-    assert!(registry.hold_ports(id(2), &ports("8080:80")).is_ok());
+    assert!(hold(2, "8080:80").is_ok());
 }

@@ -351,19 +351,30 @@ impl Actor {
             .find(|other| other.collides(port))
         {
             None => Ok(()),
-            Some(other) => Err(port_taken(port, other, &self.record.name)),
+            Some(other) => Err(port_taken(port, other, &self.record.name, choose_another)),
         }
     }
 }
 
-/// The place of a port is another's already.
-pub(crate) fn port_taken(port: &PublishedPort, other: &PublishedPort, name: &VmName) -> ErrorBody {
+/// What helps when a port's place is taken, besides the way in which the other one gives it up.
+pub(crate) fn choose_another(way: &str) -> String {
+    format!("choose another port of the host, or {way}")
+}
+
+/// The place of a port is another's already. `hint` is told how that one gives it up.
+pub(crate) fn port_taken(
+    port: &PublishedPort,
+    other: &PublishedPort,
+    name: &VmName,
+    hint: impl FnOnce(&str) -> String,
+) -> ErrorBody {
     let message = format!(
         "cannot publish {} ({}): `{name}` has {other} there",
         port.listen, port.protocol
     );
-    ErrorBody::new(ErrorCode::Conflict, message).hint(format!(
-        "choose another port of the host, or `banger port rm {name} {}/{}`",
+    let way = format!(
+        "`banger port rm {name} {}/{}`",
         other.listen, other.protocol
-    ))
+    );
+    ErrorBody::new(ErrorCode::Conflict, message).hint(hint(&way))
 }
