@@ -72,6 +72,40 @@ pub struct StopDaemon {
     pub going_down: Option<GoingDown>,
 }
 
+/// Where the value of a setting comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum SettingSource {
+    /// Nothing else was said.
+    Default,
+    /// `config.toml`.
+    File,
+    /// The daemon found it out, or the instance has it since it was made.
+    Daemon,
+}
+
+/// One of the settings in `config.toml`, as the daemon has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Setting {
+    /// Its section and key, as in `network.pool`.
+    pub key: String,
+    /// Its value; `None` if there is none.
+    pub value: Option<serde_json::Value>,
+    /// Where that comes from.
+    pub source: SettingSource,
+    /// What it is about.
+    pub about: String,
+}
+
+/// All settings.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Settings {
+    /// The file, whether it is there or not.
+    pub file: String,
+    /// All of them, in order, those of a section together.
+    pub settings: Vec<Setting>,
+}
+
 /// A VMM that was looked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DriverInfo {

@@ -1,6 +1,6 @@
 //! Every endpoint of the API, once. One `impl` makes the daemon's route, the client's call and the OpenAPI item.
 
-use crate::daemon::{Check, DaemonStatus, DriverInfo, InstallDriver, StopDaemon};
+use crate::daemon::{Check, DaemonStatus, DriverInfo, InstallDriver, Settings, StopDaemon};
 use crate::event::{Event, FollowEvents};
 use crate::host::{CleanHost, HostObject, Mended};
 use crate::image::{BuildImage, Image};
@@ -87,6 +87,8 @@ endpoints! {
     GetDaemon: "GET" "/v1/daemon", "daemon.show", Json, Nothing => DaemonStatus, "Show the daemon";
     /// Stop the daemon.
     PostDaemonStop: "POST" "/v1/daemon/stop", "daemon.stop", Json, StopDaemon => Nothing, "Stop the daemon; VMs run on unless asked otherwise";
+    /// Show the settings.
+    GetSettings: "GET" "/v1/settings", "settings.show", Json, Nothing => Settings, "Show all settings as the daemon has them";
     /// Check the host.
     GetDoctor: "GET" "/v1/doctor", "doctor.run", Json, Nothing => Vec<Check>, "Check what this host can do";
     /// List the VMMs.

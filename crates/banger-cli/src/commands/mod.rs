@@ -1,6 +1,7 @@
 //! The verbs, one file each.
 
 mod completions;
+mod config;
 mod daemon;
 mod dns;
 mod doctor;
@@ -46,6 +47,8 @@ pub(crate) enum Command {
     Driver(driver::DriverCommand),
     SshConfig(ssh_config::SshConfigArgs),
     #[command(subcommand)]
+    Config(config::ConfigCommand),
+    #[command(subcommand)]
     Daemon(daemon::DaemonCommand),
     #[command(subcommand)]
     Host(host::HostCommand),
@@ -67,6 +70,7 @@ pub(crate) fn run(command: Command) -> Outcome {
         Command::Image(command) => image::run(command),
         Command::Kernel(command) => kernel::run(command),
         Command::Driver(command) => driver::run(command),
+        Command::Config(command) => config::run(command),
         Command::SshConfig(args) => ssh_config::run(args),
         Command::Daemon(command) => daemon::run(command),
         Command::Host(command) => host::run(command),

@@ -7,7 +7,7 @@ use crate::vm::{Answer, Ask, Handle};
 use crate::world::World;
 use crate::{doctor, images, install};
 use axum::Router;
-use banger_api::daemon::{DaemonStatus, StopDaemon};
+use banger_api::daemon::{DaemonStatus, Settings, StopDaemon};
 use banger_api::endpoint::*;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::operation::Operation;
@@ -33,6 +33,15 @@ pub(super) fn router() -> Router<App> {
     let router = super::host_routes::routes(router);
     let router = json_route::<GetDaemon, _>(router, daemon);
     let router = json_route::<PostDaemonStop, _>(router, stop_daemon);
+    let router = json_route::<GetSettings, _>(router, |call| async move {
+        let world = &call.app.world;
+        Ok(Settings {
+            file: world.paths.config_file().display().to_string(),
+            settings: world
+                .config
+                .settings(world.instance.pool.network(), world.mode),
+        })
+    });
     let router =
         json_route::<GetDoctor, _>(
             router,
