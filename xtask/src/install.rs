@@ -36,6 +36,13 @@ const FORWARDING: &str = "forwarding.json";
 /// Prefixes below which systemd looks for units.
 const SEARCHED: [&str; 2] = ["/usr", "/usr/local"];
 
+/// Where a shell looks for completions, below the prefix.
+const COMPLETIONS: [(&str, &str); 3] = [
+    ("bash", "share/bash-completion/completions/banger"),
+    ("fish", "share/fish/vendor_completions.d/banger.fish"),
+    ("zsh", "share/zsh/site-functions/_banger"),
+];
+
 /// Where each program goes below `prefix`: the command into `bin`, what it starts into `libexec/banger`.
 fn places(prefix: &Path) -> Vec<(&'static str, PathBuf)> {
     PROGRAMS
@@ -88,6 +95,21 @@ pub(crate) fn install(prefix: &str) -> Result<()> {
     if let Some(profile) = install_profile(prefix, &top())? {
         println!("{}", profile.display());
         load_profile("-r", &profile);
+    }
+    let banger = dist.join("banger");
+    let script = |shell: &str| {
+        let printed = capture(command(&banger).args(["completions", shell]))?;
+        match printed.success {
+            true => Ok(printed.stdout),
+            false => Err(Failure::new(format!(
+                "`{} completions {shell}` failed: {}",
+                banger.display(),
+                printed.stderr
+            ))),
+        }
+    };
+    for path in install_completions(&destination(prefix)?, script)? {
+        println!("{}", path.display());
     }
     if is_live(prefix) {
         systemctl(&["daemon-reload"])?;
@@ -297,6 +319,17 @@ fn left(people: &[Person], running: &[(u32, u32, String)]) -> Vec<String> {
     left
 }
 
+/// Puts what `script` has for each shell below `to`. Says where it is.
+fn install_completions(to: &Path, script: impl Fn(&str) -> Result<String>) -> Result<Vec<PathBuf>> {
+    let mut installed = Vec::new();
+    for (shell, path) in COMPLETIONS {
+        let path = to.join(path);
+        write(&path, script(shell)?.as_bytes(), 0o644)?;
+        installed.push(path);
+    }
+    Ok(installed)
+}
+
 /// Whether what is installed is what the running systemd sees: no package is built, and it looks there.
 fn is_live(prefix: &str) -> bool {
     let destdir = std::env::var_os("DESTDIR").is_some_and(|destdir| !destdir.is_empty());
@@ -317,6 +350,7 @@ pub(crate) fn uninstall(prefix: &str) -> Result<()> {
     let prefix = destination(prefix)?;
     let rules = prefix.join(UDEV_RULES.1);
     let units = units().map(|(_, unit)| prefix.join(unit));
+    let completions = COMPLETIONS.map(|(_, path)| prefix.join(path));
     if live && prefix.join(UNITS_TO).join(UNITS[0]).exists() {
         systemctl(&["disable", "--now", UNITS[0], UNITS[1]])?;
     }
@@ -325,6 +359,7 @@ pub(crate) fn uninstall(prefix: &str) -> Result<()> {
         .map(|(_, path)| path)
         .chain([rules])
         .chain(units)
+        .chain(completions)
     {
         match std::fs::remove_file(&path) {
             Ok(()) => println!("removed {}", path.display()),
@@ -404,6 +439,28 @@ mod tests {
             let text = std::fs::read_to_string(&path).unwrap();
             assert!(!text.contains('@'), "{}", path.display());
         }
+    }
+
+    #[test]
+    fn every_shell_finds_its_own_completion_below_the_prefix() {
+        let folder = tempfile::tempdir().unwrap();
+        let to = below_destdir("/usr", folder.path().to_str()).unwrap();
+        let installed = install_completions(&to, |shell| Ok(format!("of {shell}"))).unwrap();
+        let below = folder.path().join("usr/share");
+        for (shell, path) in [
+            ("bash", "bash-completion/completions/banger"),
+            ("fish", "fish/vendor_completions.d/banger.fish"),
+            ("zsh", "zsh/site-functions/_banger"),
+        ] {
+            let path = below.join(path);
+            assert_eq!(
+                std::fs::read_to_string(&path).unwrap(),
+                format!("of {shell}")
+            );
+            assert!(installed.contains(&path));
+        }
+        let failed = install_completions(&to, |_| Err(Failure::new("no")));
+        assert!(failed.is_err());
     }
 
     /// A restart of the daemon leaves VMs alone, whoever asks for it, and the guests' unit goes first.

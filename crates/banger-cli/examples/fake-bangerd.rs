@@ -131,6 +131,7 @@ fn answer(request: &str, paths: &Paths, refuses: bool) -> (u16, String) {
             "state_dir": paths.state.to_string_lossy(), "notices": [],
         }),
         (_, "/v1/daemon/stop") => serde_json::json!({}),
+        (Some("GET"), "/v1/vms?trash=true") => serde_json::json!([vm("old-owl")]),
         (Some("GET"), path) if path.starts_with("/v1/vms?") || path == "/v1/vms" => {
             serde_json::json!([vm("calm-otter")])
         }
@@ -202,6 +203,7 @@ fn vm(name: &str) -> serde_json::Value {
             "image": "0198c2a4-0000-7b3a-9c4d-1f2e3d4c5b6a", "kernel": "0198c2a4-1111-7b3a-9c4d-1f2e3d4c5b6a",
             "vcpus": 2, "memory_mib": 1024, "overlay_bytes": 8_589_934_592_u64, "disk_bytes": null,
             "driver": "auto", "storage": "overlay",
+            "ports": [{"protocol": "tcp", "listen": "127.0.0.1:8080", "guest_port": 80}],
         },
         "generation": 1, "desired": "off", "revision": 7, "image_name": "default", "kernel_name": null,
         "storage_reason": "asked for", "attempt": null, "boot": null, "host_key": "ssh-ed25519 AAAA calm-otter",

@@ -744,23 +744,36 @@ fn the_daemons_log_is_read_without_the_daemon() {
 #[test]
 fn completion_never_starts_the_daemon_and_never_complains() {
     let env = TestEnv::new();
-    let complete = || {
-        let mut command = env.command(&["--", "banger", "vm", "show", ""]);
+    let complete = |words: &[&str]| {
+        let mut command = env.command(&[&["--", "banger"], words, &[""]].concat());
         command
             .env("COMPLETE", "bash")
-            .env("_CLAP_COMPLETE_INDEX", "3")
+            .env("_CLAP_COMPLETE_INDEX", (words.len() + 1).to_string())
             .env("_CLAP_IFS", "\n");
         Run::of(command.output().unwrap()).expect(0)
     };
-    let none = complete();
+    let none = complete(&["vm", "show"]);
     assert!(!none.stdout.contains("calm-otter"), "{none:?}");
     assert_eq!(none.stderr, "");
     assert_eq!(env.starts(), 0);
     env.run(&["daemon", "start"]).expect(0);
-    let some = complete();
+    let some = complete(&["vm", "show"]);
     assert!(some.stdout.contains("calm-otter"), "{some:?}");
+    let places = complete(&["port", "rm", "calm-otter"]);
+    assert!(places.stdout.contains("8080"), "{places:?}");
+    let deleted = complete(&["vm", "delete"]).stdout;
+    assert!(deleted.contains("calm-otter") && !deleted.contains("old-owl"));
+    let purged = complete(&["vm", "delete", "--purge"]).stdout;
+    assert!(purged.contains("calm-otter") && purged.contains("old-owl"));
     let script = env.run(&["completions", "bash"]).expect(0);
     assert!(script.stdout.contains("COMPLETE=\"bash\""), "{script:?}");
+    // The function that the last line calls is the one that is defined.
+    let script = env.run(&["completions", "zsh"]).expect(0).stdout;
+    let defined = "function _clap_dynamic_completer_banger()";
+    assert!(
+        script.contains(defined) && script.starts_with("#compdef banger\n"),
+        "{script}"
+    );
 }
 
 #[test]

@@ -52,7 +52,7 @@ pub(crate) struct RmArgs {
     #[arg(value_name = "NAME", add = complete::vms())]
     vm: String,
     /// Where the host listens
-    #[arg(value_name = "[ADDRESS:]HOST[/udp]", required = true, value_parser = value::place)]
+    #[arg(value_name = "[ADDRESS:]HOST[/udp]", required = true, value_parser = value::place, add = complete::places())]
     ports: Vec<ClosePort>,
     #[command(flatten)]
     output: OutputArgs,

@@ -21,7 +21,7 @@ use banger_api::vm::DeleteVm;
 )]
 pub(crate) struct DeleteArgs {
     /// The VMs, by name, id or unambiguous prefix
-    #[arg(value_name = "NAME", required = true, add = complete::vms())]
+    #[arg(value_name = "NAME", required = true, add = complete::purgeable_vms())]
     vms: Vec<String>,
     /// Kill those that run
     #[arg(long)]
