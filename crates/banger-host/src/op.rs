@@ -84,6 +84,8 @@ pub enum NamespaceOp {
     },
     /// List all ports. Answers [`NamespaceAnswer::Ports`].
     ListPorts,
+    /// List which of [`BRIDGE`] and [`UPLINK`] are there and enabled. Answers [`NamespaceAnswer::Links`].
+    ListLinks,
     /// Connect to a guest. Hands out one connected socket.
     Connect {
         /// The guest's address.
@@ -162,6 +164,7 @@ impl NamespaceOp {
             Self::EnsurePort(_) => "ensure-port",
             Self::RemovePort { .. } => "remove-port",
             Self::ListPorts => "list-ports",
+            Self::ListLinks => "list-links",
             Self::Connect { .. } => "connect",
             Self::SetNat { .. } => "set-nat",
             Self::ListNat => "list-nat",
@@ -186,8 +189,10 @@ impl NamespaceOp {
                 | Self::Keepalive
                 | Self::Namespaces
                 | Self::ListPorts
+                | Self::ListLinks
                 | Self::Connect { .. }
                 | Self::ListNat
+                | Self::ListPrivate
                 | Self::ListJoins
                 | Self::ListPublished
                 | Self::Counters
@@ -257,6 +262,11 @@ pub enum NamespaceAnswer {
         /// By TAP name.
         ports: Vec<PortState>,
     },
+    /// What all guests share.
+    Links {
+        /// The names of the links, in order.
+        links: Vec<String>,
+    },
     /// Whether there is a way out.
     WayOut {
         /// `pasta`'s device is there, and is masqueraded.
@@ -296,4 +306,35 @@ pub enum NamespaceAnswer {
 pub struct NamespaceReply {
     /// The answer, or what went wrong (with its causes joined by `: `).
     pub result: Result<NamespaceAnswer, String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_only_looks_changes_nothing() {
+        let looks = [
+            NamespaceOp::Hello,
+            NamespaceOp::ListPorts,
+            NamespaceOp::ListLinks,
+            NamespaceOp::ListNat,
+            NamespaceOp::ListPrivate,
+            NamespaceOp::ListJoins,
+            NamespaceOp::ListPublished,
+            NamespaceOp::Counters,
+        ];
+        for op in looks {
+            assert!(!op.changes_something(), "{}", op.name());
+        }
+        let address = Ipv4Addr::new(172, 16, 0, 2);
+        let changes = [
+            NamespaceOp::SetNat { address, on: true },
+            NamespaceOp::SetPrivate { address, on: true },
+            NamespaceOp::EnsureWayOut,
+        ];
+        for op in changes {
+            assert!(op.changes_something(), "{}", op.name());
+        }
+    }
 }

@@ -185,6 +185,7 @@ impl Namespace {
             NamespaceOp::EnsurePort(port) => network.ensure_port(port)?,
             NamespaceOp::RemovePort { tap } => network.remove_port(tap)?,
             NamespaceOp::ListPorts => network.list_ports()?,
+            NamespaceOp::ListLinks => network.list_links()?,
             NamespaceOp::SetNat { address, on } => network.set_nat(*address, *on)?,
             NamespaceOp::ListNat => network.list_guests(Set::NatVms)?,
             NamespaceOp::SetPrivate { address, on } => network.set_private(*address, *on)?,
@@ -327,6 +328,17 @@ impl Network<'_> {
             )?;
         }
         Ok(NamespaceAnswer::WayOut { ready })
+    }
+
+    fn list_links(&mut self) -> Result<NamespaceAnswer, NamespaceError> {
+        let shared = [BRIDGE, UPLINK];
+        let links = self.links.dump()?.into_iter();
+        let mut links: Vec<String> = links
+            .filter(|link| link.up && shared.contains(&link.name.as_str()))
+            .map(|link| link.name)
+            .collect();
+        links.sort_unstable();
+        Ok(NamespaceAnswer::Links { links })
     }
 
     fn ensure_port(&mut self, port: &Port) -> Result<NamespaceAnswer, NamespaceError> {
