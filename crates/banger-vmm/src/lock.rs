@@ -3,7 +3,7 @@
 //! Every process that may write a VM's disks has inherited one locked description of `vm.lock`. A VM is dead when the
 //! lock is free, and only then.
 
-use crate::process;
+use crate::process::{self, KillError};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use std::collections::{BTreeSet, HashSet};
@@ -86,12 +86,69 @@ pub fn holders_of_each(paths: &[PathBuf]) -> std::io::Result<Vec<Vec<i32>>> {
 fn holds_of_all(
     locks: &HashSet<process::FileId>,
 ) -> std::io::Result<BTreeSet<(i32, process::FileId)>> {
+    let held = |pid| process::held(pid, locks).map(move |lock| (pid, lock));
+    Ok(processes()?.into_iter().flat_map(held).collect())
+}
+
+/// All processes other than the caller.
+fn processes() -> std::io::Result<Vec<i32>> {
     let own = std::process::id() as i32;
     Ok(std::fs::read_dir("/proc")?
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .filter(|&pid| pid != own)
-        .flat_map(|pid| process::held(pid, locks).map(move |lock| (pid, lock)))
         .collect())
+}
+
+/// A process that holds the lock of a VM whose folder was removed.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Stray {
+    /// The process.
+    pub pid: i32,
+    /// The name of the folder that was removed.
+    pub folder: String,
+    lock: process::FileId,
+}
+
+/// The processes that hold a lock which was in a folder of `vms` and has no name any more.
+pub fn strays(vms: &Path) -> std::io::Result<Vec<Stray>> {
+    // As the kernel shows it, unless it is gone itself.
+    let vms = vms.canonicalize().unwrap_or_else(|_| vms.to_owned());
+    let folder = |file: &Path| {
+        let text = file.to_str()?.strip_suffix(" (deleted)")?;
+        let folder = Path::new(text).strip_prefix(&vms).ok()?;
+        let name = folder.parent()?.to_str()?;
+        let is_lock = folder.file_name()? == "vm.lock" && !name.is_empty() && !name.contains('/');
+        is_lock.then(|| name.to_owned())
+    };
+    let mut found = Vec::new();
+    for pid in processes()? {
+        let open = std::fs::read_dir(format!("/proc/{pid}/fd"));
+        for descriptor in open.into_iter().flatten().flatten() {
+            let path = descriptor.path();
+            let name = std::fs::read_link(&path).ok();
+            let Some(folder) = name.and_then(|name| folder(&name)) else {
+                continue;
+            };
+            if let Ok(lock) = process::FileId::of(&path)
+                && process::holds(pid, lock)
+            {
+                found.push(Stray { pid, folder, lock });
+            }
+        }
+    }
+    found.sort_unstable();
+    found.dedup();
+    Ok(found)
+}
+
+impl Stray {
+    /// Ends it by SIGKILL if, and only if, it holds that lock, and waits until it has ended, at most for `limit`.
+    ///
+    /// # Errors
+    /// It holds it no longer, cannot be signalled, or does not die in time.
+    pub fn end(&self, limit: Duration) -> Result<(), KillError> {
+        process::end(self.pid, self.lock, Path::new(&self.folder), limit)
+    }
 }
 
 /// Waits until the lock at `path` is free, and takes it. Gives up at `deadline`.
@@ -167,6 +224,37 @@ mod tests {
         child.wait().unwrap();
         assert_eq!(all.unwrap(), [vec![pid], vec![], vec![]]);
         drop(other);
+    }
+
+    #[test]
+    fn a_process_whose_lock_has_no_name_any_more_is_found_and_ended_by_that_lock() {
+        let folder = tempfile::tempdir().unwrap();
+        let vms = folder.path().join("vms");
+        std::fs::create_dir_all(vms.join("one")).unwrap();
+        let lock = vms.join("one/vm.lock");
+        let held = try_lock(&lock).unwrap();
+        #[expect(clippy::disallowed_methods, reason = "a process that holds a lock")]
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .stdin(held.file.try_clone().unwrap())
+            .spawn()
+            .unwrap();
+        drop(held);
+        assert_eq!(strays(&vms).unwrap(), [], "its lock has a name");
+        std::fs::remove_dir_all(vms.join("one")).unwrap();
+        let found = strays(&vms).unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        assert_eq!((found.len(), found[0].pid), (1, pid));
+        assert_eq!(found[0].folder, "one");
+        // A process that does not hold this lock is not it.
+        let other = Stray {
+            pid: std::process::id() as i32,
+            ..found[0].clone()
+        };
+        other.end(Duration::from_secs(10)).unwrap_err();
+        found[0].end(Duration::from_secs(10)).unwrap();
+        child.wait().unwrap();
+        assert_eq!(strays(&vms).unwrap(), []);
     }
 
     #[test]

@@ -70,7 +70,7 @@ pub(crate) fn held(pid: i32, locks: &HashSet<FileId>) -> impl Iterator<Item = Fi
 }
 
 /// Whether process `pid` holds `lock`.
-fn holds(pid: i32, lock: FileId) -> bool {
+pub(crate) fn holds(pid: i32, lock: FileId) -> bool {
     held(pid, &HashSet::from([lock])).next().is_some()
 }
 
@@ -78,6 +78,39 @@ fn holds(pid: i32, lock: FileId) -> bool {
 ///
 /// The process is pinned first and looked at afterwards, so that no other one can be hit.
 pub fn kill_holder(pid: i32, lock: &Path, signal: Signal) -> Result<(), KillError> {
+    let file = FileId::of(lock).map_err(|source| KillError::Io { pid, source })?;
+    signal_holder(pid, file, lock, signal).map(drop)
+}
+
+/// Ends process `pid` by SIGKILL if, and only if, it holds the lock at `lock`, and waits for its end, at most for
+/// `limit`.
+///
+/// # Errors
+/// It does not hold the lock, cannot be signalled, or does not die in time.
+pub fn end_holder(pid: i32, lock: &Path, limit: Duration) -> Result<(), KillError> {
+    let file = FileId::of(lock).map_err(|source| KillError::Io { pid, source })?;
+    end(pid, file, lock, limit)
+}
+
+/// As [`end_holder`], for a lock that may have no name any more.
+pub(crate) fn end(pid: i32, file: FileId, lock: &Path, limit: Duration) -> Result<(), KillError> {
+    let pidfd = signal_holder(pid, file, lock, Signal::KILL)?;
+    match wait_any(&[pidfd], limit) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(KillError::Io {
+            pid,
+            source: io::ErrorKind::TimedOut.into(),
+        }),
+        Err(source) => Err(KillError::Io { pid, source }),
+    }
+}
+
+fn signal_holder(
+    pid: i32,
+    file: FileId,
+    lock: &Path,
+    signal: Signal,
+) -> Result<OwnedFd, KillError> {
     let not_holder = || KillError::NotHolder {
         pid,
         lock: lock.to_owned(),
@@ -90,11 +123,11 @@ pub fn kill_holder(pid: i32, lock: &Path, signal: Signal) -> Result<(), KillErro
         }
         Err(error) => return Err(failed(error)),
     };
-    let file = FileId::of(lock).map_err(failed)?;
     if !holds(pid, file) {
         return Err(not_holder());
     }
-    rustix::process::pidfd_send_signal(&pidfd, signal).map_err(|error| failed(error.into()))
+    rustix::process::pidfd_send_signal(&pidfd, signal).map_err(|error| failed(error.into()))?;
+    Ok(pidfd)
 }
 
 /// The signal that asks process `pid` to end: SIGTERM, but SIGKILL where it has no handler for that. SIGTERM would then
