@@ -2,7 +2,7 @@
 
 mod world;
 
-use banger_host::net::keeper::{Keeper, KeeperError};
+use banger_host::net::keeper::{Keeper, KeeperError, probe_namespaces};
 use banger_host::op::{NamespaceAnswer, NamespaceOp, PortState};
 use rustix::fs::FlockOperation;
 use world::{World, guest, run, wait_for};
@@ -64,6 +64,15 @@ fn ensuring_the_base_twice_changes_nothing_and_repairs_what_was_flushed() {
         return;
     };
     world.ensure_port(&guest(1));
+    let links = || match world.keeper.request(NamespaceOp::ListLinks) {
+        Ok((NamespaceAnswer::Links { links }, _)) => links,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(links(), ["br0"]);
+    world.inside(|| run("ip", &["link", "set", "br0", "down"]));
+    assert_eq!(links(), Vec::<String>::new());
+    world.ensure_base();
+    assert_eq!(links(), ["br0"]);
     // Without what the kernel's own timers change.
     let state = || {
         let handles = run("nft", &["-a", "list", "ruleset"]);
@@ -177,5 +186,34 @@ fn an_ordinary_user_gets_bridge_rules_and_ports_in_a_user_namespace() {
             .to_string()
             .contains("cannot connect to 172.31.240.2:22 within 0.1 s"),
         "{error}"
+    );
+}
+
+#[test]
+fn whether_namespaces_may_be_made_is_found_out_by_making_some() {
+    let test = "whether_namespaces_may_be_made_is_found_out_by_making_some";
+    let probe = || probe_namespaces(world::PROGRAM.as_ref());
+    if let Err(error) = probe() {
+        eprintln!("SKIPPED: {test}: {}", banger_host::error_chain(&error));
+        return;
+    }
+    // In a namespace of the own whose limit is for those below it alone.
+    let folder = tempfile::tempdir().unwrap();
+    let limited = folder.path().join("limited");
+    let script = format!(
+        "#!/bin/sh\nexec unshare --user --map-root-user sh -c 'echo 0 >/proc/sys/user/max_user_namespaces; \
+         exec {} \"$0\"' \"$1\"\n",
+        world::PROGRAM
+    );
+    std::fs::write(&limited, script).unwrap();
+    std::fs::set_permissions(
+        &limited,
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )
+    .unwrap();
+    let refused = probe_namespaces(&limited).unwrap_err().to_string();
+    assert!(
+        refused.contains("user.max_user_namespaces is 0; as root run `sysctl -w"),
+        "{refused}"
     );
 }

@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 const USAGE: &str = "usage: banger-netns --socket PATH [--user-namespace]\n       \
      banger-netns --socket PATH --join-network PATH [--join-user PATH]\n       banger-netns --way-out-of PID --pasta PATH\n       \
-     banger-netns --probe-kvm";
+     banger-netns --probe-kvm\n       banger-netns --probe-namespaces";
 
 /// What the command line asks for.
 enum Task {
@@ -32,6 +32,7 @@ enum Task {
         pasta: PathBuf,
     },
     ProbeKvm,
+    ProbeNamespaces,
 }
 
 fn main() -> ExitCode {
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         }),
         Some(Task::WayOut { keeper, pasta }) => hold_way_out(keeper, &pasta),
         Some(Task::ProbeKvm) => banger_host::probe::child_main(),
+        Some(Task::ProbeNamespaces) => probe_namespaces(),
         None => {
             let _ = writeln!(std::io::stderr(), "{USAGE}");
             ExitCode::from(2)
@@ -72,6 +74,9 @@ fn parse(mut args: impl Iterator<Item = OsString>) -> Option<Task> {
             Some("--pasta") => pasta = Some(PathBuf::from(args.next()?)),
             Some("--probe-kvm") if socket.is_none() && !user_namespace => {
                 return args.next().is_none().then_some(Task::ProbeKvm);
+            }
+            Some("--probe-namespaces") if socket.is_none() && !user_namespace => {
+                return args.next().is_none().then_some(Task::ProbeNamespaces);
             }
             _ => return None,
         }
@@ -123,6 +128,15 @@ fn keep(
             ExitCode::FAILURE
         }
     }
+}
+
+/// Makes the namespaces that a keeper would, and says whether that is allowed; they end with this process.
+fn probe_namespaces() -> ExitCode {
+    say(&match enter::enter(true) {
+        Ok(()) => Readiness::Ready(true),
+        Err(error) => Readiness::Error(error_chain(&error)),
+    });
+    ExitCode::SUCCESS
 }
 
 fn hold_way_out(keeper: i32, pasta: &std::path::Path) -> ExitCode {

@@ -2,7 +2,7 @@
 
 use super::seqpacket::{self, Place};
 use crate::crash::{Side, point};
-use crate::exec::timespec;
+use crate::exec::{Run, timespec};
 use crate::op::{NamespaceAnswer, NamespaceOp, NamespaceReply, NamespaceRequest};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::{BorrowedFd, OwnedFd};
@@ -191,6 +191,19 @@ impl Keeper {
     }
 }
 
+/// Whether this user may have namespaces of the own, by a child of `program` (a `banger-netns`) that makes some and
+/// ends at once. The program is what a security module judges by, so nobody else can tell.
+///
+/// # Errors
+/// It cannot be run, or says what forbids them.
+pub fn probe_namespaces(program: &Path) -> Result<(), KeeperError> {
+    let ran = Run::new(program).arg("--probe-namespaces").run();
+    let said = ran.map_err(|error| KeeperError::NotReady {
+        why: crate::error_chain(&error),
+    })?;
+    read_line(&said.stdout).map_err(|why| KeeperError::NotReady { why })
+}
+
 /// Starts `program` (a `banger-netns`) and waits until it says that it is ready. It outlives this process.
 ///
 /// # Errors
@@ -276,12 +289,17 @@ fn wait_ready(pipe: &mut (impl Read + rustix::fd::AsFd), deadline: Instant) -> R
             Err(error) => return Err(error.to_string()),
         }
     }
-    match serde_json::from_slice(&line) {
+    read_line(&line)
+}
+
+/// What the readiness line says.
+fn read_line(line: &[u8]) -> Result<(), String> {
+    match serde_json::from_slice(line) {
         Ok(Readiness::Ready(_)) => Ok(()),
         Ok(Readiness::Error(why)) => Err(why),
         Err(_) => Err(format!(
             "it said `{}`",
-            String::from_utf8_lossy(&line).trim().escape_debug()
+            String::from_utf8_lossy(line).trim().escape_debug()
         )),
     }
 }
