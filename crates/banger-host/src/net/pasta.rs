@@ -75,6 +75,33 @@ fn is_ready(keeper: &Keeper) -> Result<bool, KeeperError> {
     Ok(answer == NamespaceAnswer::WayOut { ready: true })
 }
 
+/// The processes that are the way out of the namespace of `keeper`: `pasta`, and the one that holds it.
+pub fn processes(keeper: i32) -> Vec<i32> {
+    let Ok(entries) = std::fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    let mut found: Vec<i32> = entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|pid| {
+            // One that ends just now has no words.
+            std::fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|words| is_way_out(&words, keeper))
+        })
+        .collect();
+    found.sort_unstable();
+    found
+}
+
+/// Whether a process with these words, each with a NUL after it, is of the way out of `keeper`'s namespace.
+fn is_way_out(words: &[u8], keeper: i32) -> bool {
+    let words: Vec<&[u8]> = words.split(|byte| *byte == 0).collect();
+    let says = |option: &str, value: &str| {
+        let pair = [option.as_bytes(), value.as_bytes()];
+        words.windows(2).any(|two| two == pair)
+    };
+    says("--way-out-of", &keeper.to_string()) || says("--netns", &format!("/proc/{keeper}/ns/net"))
+}
+
 /// What `pasta` says of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Version {
@@ -125,6 +152,19 @@ pub fn version(pasta: &Path) -> Result<Version, ExecError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_way_out_is_known_by_the_keeper_that_it_is_for() {
+        let holder = b"/usr/libexec/banger/banger-netns\0--way-out-of\x00123\0--pasta\0pasta\0";
+        let pasta =
+            b"pasta\0--config-net\0--netns\0/proc/123/ns/net\0--userns\0/proc/123/ns/user\0";
+        for words in [&holder[..], &pasta[..]] {
+            assert!(is_way_out(words, 123));
+            assert!(!is_way_out(words, 12));
+        }
+        assert!(!is_way_out(b"less\0--way-out-of 123\0", 123));
+        assert!(!is_way_out(b"", 123));
+    }
 
     #[test]
     fn a_version_of_2023_or_of_no_known_day_loses_ends() {

@@ -20,6 +20,9 @@ const CONTROL: &str = "/dev/mapper/control";
 /// The number of device-mapper among the miscellaneous devices, for ever.
 const CONTROL_DEVICE: (u32, u32) = (10, 236);
 
+/// Where the kernel shows all block devices.
+const BLOCK: &str = "/sys/block";
+
 const READ_ONLY: u32 = 1;
 const NO_FLUSH: u32 = 1 << 11;
 
@@ -358,19 +361,79 @@ fn open_by_number(flags: OFlags) -> Result<OwnedFd, Errno> {
 
 /// The uuids of all devices, which everybody may see.
 pub fn seen() -> Vec<String> {
-    let Ok(devices) = std::fs::read_dir("/sys/block") else {
+    seen_in(Path::new(BLOCK))
+        .into_iter()
+        .map(|(uuid, _)| uuid)
+        .collect()
+}
+
+/// The loop devices that stand in the table of a device: its uuid, the loop device's name, and what the kernel says
+/// of its file. Everybody may see this.
+pub fn loops_below() -> Vec<(String, String, String)> {
+    loops_in(Path::new(BLOCK))
+}
+
+/// The uuid of each device in a folder like `/sys/block`, and its own folder there.
+fn seen_in(block: &Path) -> Vec<(String, PathBuf)> {
+    let Ok(devices) = std::fs::read_dir(block) else {
         return Vec::new();
     };
-    devices
-        .flatten()
-        .filter_map(|device| std::fs::read_to_string(device.path().join("dm/uuid")).ok())
-        .map(|uuid| uuid.trim_end().to_owned())
-        .collect()
+    let device = |entry: std::fs::DirEntry| {
+        let uuid = std::fs::read_to_string(entry.path().join("dm/uuid")).ok()?;
+        Some((uuid.trim_end().to_owned(), entry.path()))
+    };
+    devices.flatten().filter_map(device).collect()
+}
+
+fn loops_in(block: &Path) -> Vec<(String, String, String)> {
+    let mut found = Vec::new();
+    for (uuid, folder) in seen_in(block) {
+        let below = std::fs::read_dir(folder.join("slaves"));
+        for entry in below.into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let file = block.join(&name).join("loop/backing_file");
+            if let Ok(file) = std::fs::read_to_string(file) {
+                found.push((uuid.clone(), name, file.trim_end_matches('\n').to_owned()));
+            }
+        }
+    }
+    found.sort_unstable();
+    found
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn loop_devices_are_found_below_the_devices_that_stand_on_them() {
+        let block = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = block.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        write("dm-0/dm/uuid", "BANGER-0-origin\n");
+        write("dm-0/slaves/loop3", "");
+        write("dm-1/dm/uuid", "BANGER-0\n");
+        write("dm-1/slaves/dm-0", "");
+        write("dm-1/slaves/loop4", "");
+        write("loop3/loop/backing_file", "/images/root.img\n");
+        write("loop4/loop/backing_file", "/vms/overlay.img (deleted)\n");
+        write("loop5/loop/backing_file", "/somebody/else\n");
+        let found = loops_in(block.path());
+        let found: Vec<[&str; 3]> = found
+            .iter()
+            .map(|(uuid, name, file)| [uuid.as_str(), name.as_str(), file.as_str()])
+            .collect();
+        assert_eq!(
+            found,
+            [
+                ["BANGER-0", "loop4", "/vms/overlay.img (deleted)"],
+                ["BANGER-0-origin", "loop3", "/images/root.img"],
+            ]
+        );
+    }
 
     #[test]
     fn numbers_are_read_from_the_kernels_encoding() {

@@ -167,6 +167,41 @@ pub fn seen(uid: u32, instance: InstanceId) -> BTreeSet<VmId> {
         .collect()
 }
 
+/// A loop device below a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LoopBelow {
+    /// Its name, as `loop3`.
+    pub name: String,
+    /// Its file, as the kernel shows it.
+    pub file: String,
+    /// Whose snapshot stands on it.
+    pub instance: InstanceId,
+    /// That VM.
+    pub vm: VmId,
+}
+
+impl LoopBelow {
+    /// Its file has no name any more: who made it cannot find it again.
+    pub fn is_unlinked(&self) -> bool {
+        self.file.ends_with(" (deleted)")
+    }
+}
+
+/// The loop devices below the snapshots of `uid`, once for each VM that has one of them. Everybody may see them.
+pub fn loops(uid: u32) -> Vec<LoopBelow> {
+    let below = dm::loops_below().into_iter();
+    let ours = below.filter_map(|(uuid, name, file)| {
+        let (instance, vm) = parse(uid, &uuid)?;
+        Some(LoopBelow {
+            name,
+            file,
+            instance,
+            vm,
+        })
+    });
+    ours.collect()
+}
+
 fn parse(uid: u32, uuid: &str) -> Option<(InstanceId, VmId)> {
     let (of, instance, vm) = owner(uuid)?;
     (of == uid).then_some((instance, vm))
