@@ -46,6 +46,9 @@ pub struct DaemonStatus {
     pub instance: InstanceId,
     /// How it gets what only root may do.
     pub mode: Mode,
+    /// Why it is this mode, and what would give another.
+    #[serde(default)]
+    pub mode_why: String,
     /// The instance's addresses.
     pub pool: Pool,
     /// When it started.

@@ -42,6 +42,9 @@ pub enum WayOut {
     Failed {
         /// Why.
         why: String,
+        /// What helps.
+        #[serde(default)]
+        hints: Vec<String>,
     },
 }
 

@@ -180,7 +180,8 @@ const HOST: &[(&str, &str)] = &[
     ),
     (
         "/v1/doctor/repair",
-        r#"{"done": ["loaded the rules"], "left": ["veth bv1: it is busy"]}"#,
+        r#"{"done": ["loaded the rules"], "left": [{"code": "host-unfit", "message": "veth bv1", "causes": ["it is busy"],
+            "hints": ["end who uses it"]}]}"#,
     ),
     (
         "/v1/restore",

@@ -55,13 +55,18 @@ impl Failure {
 pub(crate) fn render(body: &ErrorBody) -> String {
     let mut text = String::new();
     line(&mut text, "error", AnsiColor::Red, &body.message);
+    reasons(&mut text, body);
+    text
+}
+
+/// Why, and what helps.
+fn reasons(text: &mut String, body: &ErrorBody) {
     for cause in &body.causes {
-        line(&mut text, "caused by", AnsiColor::Red, cause);
+        line(text, "caused by", AnsiColor::Red, cause);
     }
     for hint in &body.hints {
-        line(&mut text, "hint", AnsiColor::Cyan, hint);
+        line(text, "hint", AnsiColor::Cyan, hint);
     }
-    text
 }
 
 fn line(text: &mut String, label: &str, color: AnsiColor, message: &str) {
@@ -79,6 +84,23 @@ pub(crate) fn warn(message: &str, hints: &[String]) {
         line(&mut text, "hint", AnsiColor::Cyan, hint);
     }
     let _ = anstream::stderr().write_all(text.as_bytes());
+}
+
+/// Tells what stays as it was, why, and what helps, on stderr.
+pub(crate) fn left(body: &ErrorBody) {
+    let _ = anstream::stderr().write_all(render_left(body).as_bytes());
+}
+
+fn render_left(body: &ErrorBody) -> String {
+    let mut text = String::new();
+    line(
+        &mut text,
+        "warning",
+        AnsiColor::Yellow,
+        &format!("left: {}", body.message),
+    );
+    reasons(&mut text, body);
+    text
 }
 
 /// Prints the error to stderr. There is nowhere left to report a failure of that.
@@ -107,6 +129,17 @@ mod tests {
         assert_eq!(
             plain(&body),
             "error: cannot start vm `calm-otter`\ncaused by: no VMM was found\nhint: apt install qemu-system-x86\n"
+        );
+    }
+
+    #[test]
+    fn what_is_left_says_why_and_what_to_do() {
+        let mut body = ErrorBody::new(ErrorCode::HostUnfit, "snapshot BANGER-0 of otter")
+            .hint("end who has it open");
+        body.causes = vec!["it is busy".to_owned()];
+        assert_eq!(
+            anstream::adapter::strip_str(&render_left(&body)).to_string(),
+            "warning: left: snapshot BANGER-0 of otter\ncaused by: it is busy\nhint: end who has it open\n"
         );
     }
 

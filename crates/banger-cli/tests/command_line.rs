@@ -547,7 +547,10 @@ fn what_is_left_of_a_repair_or_in_the_trash_is_an_exit_code() {
     assert_eq!(clean.stdout, "removed tap bt1f2e3d4c5b\n");
     let repair = env.run(&["doctor", "--repair"]).expect(7);
     assert_eq!(repair.stdout, "loaded the rules\n");
-    assert_eq!(repair.stderr, "warning: left: veth bv1: it is busy\n");
+    assert_eq!(
+        repair.stderr,
+        "warning: left: veth bv1\ncaused by: it is busy\nhint: end who uses it\n"
+    );
     // Without a terminal there is nobody to ask.
     let empty = env.run(&["trash", "empty"]).expect(8);
     assert_eq!(empty.stdout, "calm-otter: purged\n");

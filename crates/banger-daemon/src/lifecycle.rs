@@ -20,7 +20,7 @@ use crate::storage::{StorageHost, watermark};
 use crate::store::{Opened, Store};
 use crate::vm::actor::Found;
 use crate::vm::files::{VmFiles, make_folder};
-use crate::world::{Programs, World};
+use crate::world::{ModeReason, Programs, World};
 use crate::{keys, reconcile, trash};
 use banger_api::daemon::Mode;
 use banger_api::error::{ErrorBody, ErrorCode};
@@ -29,7 +29,7 @@ use banger_api::version::build_id;
 use banger_core::id::VmId;
 use banger_core::phase::Phase;
 use banger_dns::Zone;
-use banger_host::host_side::HostSide;
+use banger_host::host_side::{HELPER_SOCKET, HostSide};
 use jiff::Timestamp;
 use std::collections::HashSet;
 use std::fs::File;
@@ -327,6 +327,7 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
     }
     let authorized_key = keys::ensure_own(&paths.ssh()).map_err(|error| internal(&error))?;
     let (mode, host) = host_side(config.network.mode)?;
+    let mode_reason = mode_reason(mode, config.network.mode, Path::new(HELPER_SOCKET));
     let host = host.map(Arc::new);
     // Two: a server that is being started, and its successor.
     let zone = Zone::new(instance.pool);
@@ -364,6 +365,7 @@ async fn build(paths: &Paths) -> Result<App, ErrorBody> {
         config,
         instance,
         mode,
+        mode_reason,
         programs,
         store,
         hub: Hub::new(u64::try_from(Timestamp::now().as_microsecond()).unwrap_or_default()),
@@ -437,6 +439,33 @@ fn host_side(wanted: Option<Mode>) -> Result<(Mode, Option<HostSide>), ErrorBody
         }
         _ => Ok((mode, host)),
     }
+}
+
+/// Why it is this mode, for who would have another.
+fn mode_reason(mode: Mode, wanted: Option<Mode>, socket: &Path) -> ModeReason {
+    let place = socket.display();
+    let (mut why, hint) = match mode {
+        Mode::Root => ("the daemon runs as root".to_owned(), None),
+        Mode::Helper => (format!("`banger-helper` serves at `{place}`"), None),
+        Mode::Rootless if wanted == Some(mode) => (
+            "neither root nor the helper is asked".to_owned(),
+            Some("without `mode` in config.toml the best one is taken when the daemon starts"),
+        ),
+        Mode::Rootless => {
+            let why = if socket.exists() {
+                format!("`{place}` is there, but does not serve this user")
+            } else {
+                "there is no `banger-helper` here".to_owned()
+            };
+            let hint =
+                "`sudo make install` gives the helper, `banger daemon restart` then takes it";
+            (why, Some(hint))
+        }
+    };
+    if wanted.is_some() {
+        why.push_str(", and `mode` in config.toml demands it");
+    }
+    ModeReason { why, hint }
 }
 
 /// What nobody waits for at the start: leftovers on the host and of killed builds are removed, and VMs with autostart
@@ -563,5 +592,32 @@ async fn remove_foreign_ports(world: &World, registry: &Registry) {
                 "a port could not be removed"
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mode_says_why_it_is_and_what_would_give_the_helper() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("helper.sock");
+        let said = |mode, wanted| mode_reason(mode, wanted, &socket).to_string();
+        assert_eq!(said(Mode::Root, None), "the daemon runs as root");
+        assert!(said(Mode::Helper, None).contains("`banger-helper` serves at"));
+        let without = said(Mode::Rootless, None);
+        assert!(
+            without.starts_with("there is no `banger-helper` here; `sudo make install`"),
+            "{without}"
+        );
+        std::fs::write(&socket, "").unwrap();
+        assert!(said(Mode::Rootless, None).contains("does not serve this user"));
+        let demanded = said(Mode::Rootless, Some(Mode::Rootless));
+        assert!(
+            demanded.contains("`mode` in config.toml demands it"),
+            "{demanded}"
+        );
+        assert!(!demanded.contains("make install"), "{demanded}");
     }
 }

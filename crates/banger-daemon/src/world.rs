@@ -26,6 +26,24 @@ pub(crate) struct Programs {
     pub(crate) init: PathBuf,
 }
 
+/// Why it is the mode that it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct ModeReason {
+    pub(crate) why: String,
+    /// What would give a better one.
+    pub(crate) hint: Option<&'static str>,
+}
+
+impl std::fmt::Display for ModeReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.why)?;
+        match self.hint {
+            Some(hint) => write!(f, "; {hint}"),
+            None => Ok(()),
+        }
+    }
+}
+
 /// What every part of the daemon may use.
 #[derive(Debug)]
 pub(crate) struct World {
@@ -33,6 +51,7 @@ pub(crate) struct World {
     pub(crate) config: Config,
     pub(crate) instance: Instance,
     pub(crate) mode: Mode,
+    pub(crate) mode_reason: ModeReason,
     pub(crate) programs: Programs,
     pub(crate) store: Store,
     pub(crate) hub: Hub,

@@ -196,6 +196,14 @@ fn a_vm_whose_shim_was_killed_can_only_be_killed() {
         vm["phase"]["reachable"] == false
     });
     assert_only_kill_is_allowed(&env, &overlay, vmm);
+    let clean = env.banger(&["host", "clean", "--force"]);
+    assert!(
+        clean.status == 7
+            && clean.stderr.contains("VM `otter` is live")
+            && clean.stderr.contains("hint: `banger vm kill otter`"),
+        "{clean:?}"
+    );
+    assert_eq!(openers(&overlay), [vmm]);
 
     env.ok(&["vm", "kill", "otter"]);
     assert_eq!(env.vm("otter")["phase"]["why"]["reason"], "killed");

@@ -206,8 +206,18 @@ impl World<'_> {
     #[track_caller]
     fn repair(&self, says: &str) {
         let output = self.env.banger(&["doctor", "--repair"]);
-        assert!(output.stdout.contains(says), "{says}: {output:?}");
+        assert!(
+            output.status == 0 && output.stdout.contains(says),
+            "{says}: {output:?}"
+        );
         self.whole("a repair");
+        let again = self.env.banger(&["doctor", "--repair"]);
+        assert!(
+            again.status == 0
+                && again.stdout.is_empty()
+                && again.stderr.contains("nothing differs from the records"),
+            "after {says}: {again:?}"
+        );
     }
 
     fn a_vmm_that_is_killed_takes_its_port_along(&self) {
@@ -233,7 +243,7 @@ impl World<'_> {
 
     fn a_bridge_that_is_removed_is_made_again_with_its_ports(&self) {
         self.inside("ip link delete br0");
-        self.repair("");
+        self.repair("made the bridge `br0`");
         // The name server is heard again, at the same place.
         let port = format!(":{:04X} ", 53);
         eventually("the name server is heard", || {
@@ -266,11 +276,12 @@ impl World<'_> {
             let pid = pasta(&self.env.host()).unwrap();
             signal(pid, Signal::KILL);
             assert!(wait_exit(pid, LIMIT));
+            self.repair("made the way out `up0`, by `pasta`");
         } else {
             let veth = self.env.host().links.remove(0);
             sh(&format!("ip link delete {veth}"));
+            self.repair(&format!("made the veth `{veth}`"));
         }
-        self.repair("");
     }
 
     fn a_namespace_that_loses_its_keeper_gets_another(&self) {

@@ -77,6 +77,15 @@ fn a_vm_that_fills_the_host_waits_for_room_and_one_that_does_not_runs_on() {
     assert!(refused.status != 0, "{refused:?}");
     assert!(refused.stderr.contains("MiB free"), "{refused:?}");
     assert!(is(&env, "paused", "full-disk"));
+    // Not by force either: it would lose what it has not written yet.
+    let clean = env.banger(&["host", "clean", "--force"]);
+    assert!(
+        clean.status == 7
+            && clean.stderr.contains("VM `otter` is live")
+            && clean.stderr.contains("hint: "),
+        "{clean:?}"
+    );
+    assert!(is(&env, "paused", "full-disk"));
 
     // Over a restart of the daemon it is still known why it is paused.
     env.ok(&["daemon", "stop"]);

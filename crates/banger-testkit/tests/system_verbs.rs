@@ -168,9 +168,24 @@ fn a_port_that_somebody_else_has_does_not_keep_a_vm_from_starting() {
     );
     let shown = env.ok(&["vm", "show", "otter"]);
     assert!(shown.contains("127.0.0.1:8080:80/tcp (closed: "), "{shown}");
+    let doctor = env.banger(&["doctor"]);
+    assert!(
+        doctor.status == 7
+            && doctor
+                .stdout
+                .contains("port: 127.0.0.1:8080 (tcp) of VM `otter` is closed: ")
+            && doctor.stdout.contains("`ss -ltnp` shows who listens"),
+        "{doctor:?}"
+    );
+    let repair = env.banger(&["doctor", "--repair"]);
+    assert_refused(
+        &repair,
+        7,
+        "left: VM `otter`: cannot listen on 127.0.0.1:8080",
+    );
     drop(somebody);
     eventually("the port is open", || {
-        env.ok(&["doctor", "--repair"]);
+        env.banger(&["doctor", "--repair"]);
         (env.json(&["port", "list"])[0]["ports"][0]["open"] == true).then_some(())
     });
 }

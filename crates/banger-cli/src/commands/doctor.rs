@@ -19,7 +19,7 @@ use banger_api::error::ErrorCode;
     after_help = "Examples:\n  banger doctor\n  banger doctor --repair   Put right rules, links and ports that differ from the records"
 )]
 pub(crate) struct DoctorArgs {
-    /// Put right what differs from the records, and print what was; VMs run on
+    /// Put right what differs from the records, remove what is left over, and print what was; VMs run on
     #[arg(long)]
     repair: bool,
     #[command(flatten)]

@@ -16,7 +16,7 @@ pub(crate) enum HostCommand {
     Clean(CleanArgs),
 }
 
-/// List all that banger has on this host: processes, links, rules, and whose they are
+/// List all that banger has on this host: processes, links, rules, devices, and whose they are
 #[derive(Debug, clap::Args)]
 pub(crate) struct LsArgs {
     #[command(flatten)]
@@ -25,7 +25,8 @@ pub(crate) struct LsArgs {
 
 /// Return this host to what it was before banger: VMs keep their records and files
 ///
-/// The daemon itself stays; `banger daemon stop` ends it. Ends with exit code 7 if something is left.
+/// What is left over goes in any case. The daemon itself stays; `banger daemon stop` ends it. Ends with exit code 7 if
+/// something is left.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   banger host clean
@@ -63,7 +64,7 @@ fn ls(args: LsArgs) -> Outcome {
 fn render(objects: &[HostObject]) -> String {
     let rows = objects.iter().map(|object| {
         vec![
-            object.kind.clone(),
+            object.kind.name().to_owned(),
             object.name.clone(),
             object.owner.clone(),
             if object.expected { "" } else { "left over" }.to_owned(),
@@ -94,18 +95,19 @@ fn clean(args: CleanArgs) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use banger_api::host::HostKind;
 
     #[test]
     fn what_is_left_over_is_marked() {
-        let object = |kind: &str, name: &str, owner: &str, expected| HostObject {
-            kind: kind.to_owned(),
+        let object = |kind, name: &str, owner: &str, expected| HostObject {
+            kind,
             name: name.to_owned(),
             owner: owner.to_owned(),
             expected,
         };
         let objects = [
-            object("process", "12 (bangerd)", "(instance)", true),
-            object("tap", "bt1f2e3d4c5b", "calm-otter", false),
+            object(HostKind::Process, "12 (bangerd)", "(instance)", true),
+            object(HostKind::Tap, "bt1f2e3d4c5b", "calm-otter", false),
         ];
         insta::assert_snapshot!(render(&objects), @r"
         KIND     NAME          OWNER

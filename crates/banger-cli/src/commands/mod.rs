@@ -21,7 +21,7 @@ mod vm;
 
 use crate::escape;
 use crate::output::{self, OutputArgs, json, table};
-use crate::report::{Failure, Outcome, note, print, warn};
+use crate::report::{self, Failure, Outcome, note, print};
 use banger_api::error::ErrorCode;
 use banger_api::host::Mended;
 
@@ -137,7 +137,7 @@ fn mended(mended: &Mended, output: OutputArgs, nothing: &str) -> Outcome {
         let lines = mended.done.iter().map(|line| escape::line(line) + "\n");
         output::print(&lines.collect::<String>())?;
         for left in &mended.left {
-            warn(&format!("left: {left}"), &[]);
+            report::left(left);
         }
         if mended.done.is_empty() && mended.left.is_empty() {
             note(nothing);

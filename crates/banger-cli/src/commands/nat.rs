@@ -124,7 +124,7 @@ fn render(status: &NetworkStatus) -> String {
         WayOut::Open { by, .. } => {
             format!("by {}, but closed by somebody else's rules", by.join(", "))
         }
-        WayOut::Failed { why } => format!("failed: {why}"),
+        WayOut::Failed { why, .. } => format!("failed: {why}"),
     };
     let word = |on, private| match (on, private) {
         (true, true) => "private".to_owned(),

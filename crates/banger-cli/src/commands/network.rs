@@ -63,10 +63,11 @@ pub(super) fn warn_of_way_out(way_out: &WayOut) {
 fn closed(way_out: &WayOut) -> Vec<(String, Vec<String>)> {
     match way_out {
         WayOut::Closed => Vec::new(),
-        WayOut::Failed { why } => vec![(
-            format!("guests do not reach the internet: {why}"),
-            vec!["`banger doctor --repair` tries again".to_owned()],
-        )],
+        WayOut::Failed { why, hints } => {
+            let again = "`banger doctor --repair` tries again then".to_owned();
+            let hints = hints.iter().cloned().chain([again]).collect();
+            vec![(format!("guests do not reach the internet: {why}"), hints)]
+        }
         WayOut::Open { closed_by, .. } => closed_by
             .iter()
             .map(|closed| {
@@ -157,6 +158,12 @@ pub(super) mod tests {
             &["as root: iptables -I DOCKER-USER -i bv+ -j ACCEPT"]
         );
         assert!(closed(&WayOut::Closed).is_empty());
+        let failed = WayOut::Failed {
+            why: "no `pasta`".to_owned(),
+            hints: vec!["install passt".to_owned()],
+        };
+        // The remedy first: to try again without it would fail again.
+        assert_eq!(closed(&failed)[0].1[0], "install passt");
     }
 
     #[test]

@@ -2,7 +2,10 @@
 
 use super::namespace::{self, Namespace};
 use super::plan::{self, Part, Plans, PortPlan};
-use super::{Ask, Lease, NetworkError, NetworkSetup, Now, host_watch, way_out};
+use super::repair::{Measured, Mend, Repaired};
+use super::{
+    Ask, Lease, NetworkError, NetworkSetup, Now, PortProblem, host_watch, network_error, way_out,
+};
 use banger_api::daemon::Mode;
 use banger_api::network::WayOut;
 use banger_core::publish::Protocol;
@@ -10,7 +13,9 @@ use banger_host::error_chain;
 use banger_host::host_side::Keeping;
 use banger_host::net::addresses;
 use banger_host::net::keeper::{Keeper, KeeperError};
-use banger_host::op::{HostAnswer, HostOp, NamespaceAnswer, NamespaceOp, ResolvedReport};
+use banger_host::op::{
+    HostAnswer, HostOp, NamespaceAnswer, NamespaceOp, OwnedKind, OwnedObject, ResolvedReport,
+};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,7 +24,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 
 /// What is said where the host's own programs find the names.
-const ROUTED: &str = "systemd-resolved asks the instance's server";
+pub(crate) const ROUTED: &str = "systemd-resolved asks the instance's server";
 
 pub(super) struct Actor {
     setup: NetworkSetup,
@@ -44,7 +49,7 @@ pub(super) struct Actor {
     /// What it said.
     host_names: Option<String>,
     /// Ports that could not be opened.
-    problems: BTreeMap<(Protocol, SocketAddr), String>,
+    problems: BTreeMap<(Protocol, SocketAddr), PortProblem>,
 }
 
 impl Actor {
@@ -77,6 +82,7 @@ impl Actor {
             Ask::Now(reply) => drop(reply.send(self.now())),
             Ask::Settle(reply) => drop(reply.send(self.settle())),
             Ask::Repair(reply) => drop(reply.send(self.repair())),
+            Ask::Sweep(reply) => drop(reply.send(self.sweep())),
             Ask::Keeper(reply) => {
                 let keeper = self.ensure().map(|namespace| Arc::clone(&namespace.keeper));
                 drop(reply.send(keeper));
@@ -97,7 +103,12 @@ impl Actor {
         }
         if std::mem::take(&mut self.rejoined) {
             match self.repair() {
-                Ok(_) => tracing::warn!("the network has a keeper again, and is as it was"),
+                Ok(repaired) => {
+                    tracing::warn!("the network has a keeper again, and is as it was");
+                    for (_, left) in repaired.left {
+                        tracing::warn!(error = left.message, causes = ?left.causes, "but for this");
+                    }
+                }
                 Err(error) => tracing::error!(
                     error = error_chain(&error),
                     "the network has lost its keeper and is not as it was"
@@ -323,7 +334,14 @@ impl Actor {
                     self.problems.remove(&place);
                 }
                 Err(error) => {
-                    self.problems.insert(place, error_chain(&error));
+                    let problem = PortProblem {
+                        vm: plan.vm,
+                        protocol: port.protocol,
+                        listen: port.listen,
+                        why: error_chain(&error),
+                        hints: network_error(&error).hints,
+                    };
+                    self.problems.insert(place, problem);
                     keep(Part::Port(place), Err(error));
                 }
             }
@@ -346,9 +364,7 @@ impl Actor {
             match way_out::open(&self.setup, namespace) {
                 Ok(open) => self.way_out = open,
                 Err(error) => {
-                    self.way_out = WayOut::Failed {
-                        why: error_chain(&error),
-                    };
+                    self.way_out = way_out::failed(&error);
                     return Err(error);
                 }
             }
@@ -376,10 +392,8 @@ impl Actor {
             return;
         };
         if matches!(self.way_out, WayOut::Open { .. }) {
-            self.way_out =
-                way_out::open(&self.setup, namespace).unwrap_or_else(|error| WayOut::Failed {
-                    why: error_chain(&error),
-                });
+            self.way_out = way_out::open(&self.setup, namespace)
+                .unwrap_or_else(|error| way_out::failed(&error));
         }
     }
 
@@ -531,11 +545,7 @@ impl Actor {
         let mut now = Now {
             way_out: Some(self.way_out.clone()),
             host_names: self.host_names.clone(),
-            problems: self
-                .problems
-                .iter()
-                .map(|(&(protocol, listen), why)| (protocol, listen, why.clone()))
-                .collect(),
+            problems: self.problems.values().cloned().collect(),
             ..Now::default()
         };
         if let Some(host) = &self.setup.host
@@ -587,49 +597,101 @@ impl Actor {
         }
     }
 
-    /// Does everything again, whatever is thought to be there.
-    fn repair(&mut self) -> Result<Vec<String>, NetworkError> {
+    /// Does everything again, whatever is thought to be there. What cannot be done keeps nothing else from being done.
+    fn repair(&mut self) -> Result<Repaired, NetworkError> {
         self.adopt()?;
+        let mut repaired = Repaired::default();
         if self.plans.is_empty() {
-            return Ok(Vec::new());
+            return Ok(repaired);
         }
-        let mut done = Vec::new();
-        let before: Vec<String> = match &self.namespace {
-            Some(namespace) if namespace.lives() => namespace
-                .ports()?
-                .into_iter()
-                .filter(|port| port.link && port.allowed.is_some())
-                .map(|port| port.tap)
-                .collect(),
-            _ => {
-                done.push("made the network namespace".to_owned());
-                Vec::new()
+        let lives = match &self.namespace {
+            Some(namespace) if namespace.lives() => true,
+            Some(_) => {
+                let done = "started another keeper of the network namespace";
+                repaired.done.push(Mend::shared(done));
+                false
+            }
+            None => {
+                let done = "made the network namespace";
+                repaired.done.push(Mend::shared(done));
+                false
             }
         };
+        let before = self.measure(lives)?;
         if let Some(namespace) = &mut self.namespace {
             namespace.prepared = false;
         }
-        let namespace = self.prepare()?;
-        namespace.look()?;
+        self.prepare()?.look()?;
         self.way_out = WayOut::Closed;
         let plans: Vec<PortPlan> = self.plans.values().cloned().collect();
         // All ports first: joins are between two of them.
         for plan in &plans {
-            if let Some(namespace) = &self.namespace {
-                namespace
+            if let Some(namespace) = &self.namespace
+                && let Err(error) = namespace
                     .keeper
-                    .request(NamespaceOp::EnsurePort(plan.port()))?;
-            }
-            if !before.contains(&plan.tap()) {
-                done.push(format!("made the port {}", plan.tap()));
+                    .request(NamespaceOp::EnsurePort(plan.port()))
+            {
+                repaired.leave(Some(plan.vm), &error.into());
             }
         }
         for plan in plans {
-            for (_, problem) in self.open(&plan) {
-                tracing::warn!(error = error_chain(&problem), "not repaired");
+            for (part, problem) in self.open(&plan) {
+                // The way out is everybody's.
+                let vm = (part != Part::Nat).then_some(plan.vm);
+                repaired.leave(vm, &problem);
             }
         }
-        Ok(done)
+        let after = self.measure(true)?;
+        repaired
+            .done
+            .extend(before.changes(&after, &self.plans, self.setup.mode));
+        if let WayOut::Open { closed_by, .. } = &self.way_out {
+            for closed in closed_by {
+                repaired.leave_closed(closed);
+            }
+        }
+        Ok(repaired)
+    }
+
+    /// What is there now; of the namespace only if its keeper lives.
+    fn measure(&mut self, lives: bool) -> Result<Measured, NetworkError> {
+        let mut measured = Measured::default();
+        if let Some(host) = &self.setup.host
+            && let (HostAnswer::Owned { objects }, _) = host.perform(&HostOp::ListOwned {}, &[])?
+        {
+            let own = |object: &OwnedObject| {
+                object.instance == self.setup.instance && object.kind != OwnedKind::Snapshot
+            };
+            measured.owned = objects.into_iter().filter(own).collect();
+        }
+        let Some(namespace) = self.namespace.as_mut().filter(|_| lives) else {
+            return Ok(measured);
+        };
+        namespace.look()?;
+        measured.links = namespace.links()?;
+        let ports = namespace.ports()?.into_iter();
+        measured.ports = ports
+            .filter(|port| port.link && port.allowed.is_some())
+            .map(|port| port.tap)
+            .collect();
+        measured.nat = namespace.nat.clone();
+        measured.private = namespace.private.clone();
+        measured.joins = namespace.joins.clone();
+        measured.published = namespace.published.values().cloned().collect();
+        Ok(measured)
+    }
+
+    /// Nobody lives, and nothing is there to live in: then nothing on the host is of use.
+    fn sweep(&mut self) -> Result<(), NetworkError> {
+        self.adopt()?;
+        if self.namespace.is_none()
+            && self.plans.is_empty()
+            && let Some(host) = &self.setup.host
+        {
+            let instance = self.setup.instance;
+            host.perform(&HostOp::DetachVeth { instance }, &[])?;
+        }
+        Ok(())
     }
 
     fn close(&mut self) -> Result<(), NetworkError> {

@@ -15,17 +15,20 @@ mod error;
 mod host_watch;
 mod namespace;
 mod plan;
+mod repair;
 pub(crate) mod status;
 mod way_out;
 
+pub(crate) use actor::ROUTED as HOST_NAMES_ROUTED;
 pub(crate) use error::{NetworkError, network_error};
 pub(crate) use plan::{Part, PortPlan};
+pub(crate) use repair::Repaired;
 
 use actor::Actor;
 use banger_api::daemon::Mode;
 use banger_api::network::WayOut;
 use banger_core::addr::Pool;
-use banger_core::id::InstanceId;
+use banger_core::id::{InstanceId, VmId};
 use banger_core::publish::Protocol;
 use banger_dns::Zone;
 use banger_host::host_side::HostSide;
@@ -84,8 +87,19 @@ pub(crate) struct Now {
     pub(crate) host_names: Option<String>,
     /// What the caller has on the host side.
     pub(crate) owned: Vec<OwnedObject>,
-    /// Ports that could not be opened, and why.
-    pub(crate) problems: Vec<(Protocol, SocketAddr, String)>,
+    /// Ports that could not be opened.
+    pub(crate) problems: Vec<PortProblem>,
+}
+
+/// A published port that could not be opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PortProblem {
+    pub(crate) vm: VmId,
+    pub(crate) protocol: Protocol,
+    pub(crate) listen: SocketAddr,
+    /// The causes, joined.
+    pub(crate) why: String,
+    pub(crate) hints: Vec<String>,
 }
 
 type Reply<T> = oneshot::Sender<Result<T, NetworkError>>;
@@ -96,7 +110,8 @@ enum Ask {
     TakeOver(PortPlan, Option<i32>, Reply<()>),
     Release(String, Reply<()>),
     Now(Reply<Now>),
-    Repair(Reply<Vec<String>>),
+    Repair(Reply<Repaired>),
+    Sweep(Reply<()>),
     Settle(Reply<()>),
     HostAddresses(BTreeSet<Ipv4Addr>),
     KeeperEnded,
@@ -169,9 +184,14 @@ impl Network {
         self.ask(Ask::Now).await
     }
 
-    /// Measures everything and puts right what differs from the plans. Answers what it did.
-    pub(crate) async fn repair(&self) -> Result<Vec<String>, NetworkError> {
+    /// Measures everything and puts right what differs from the plans. Answers what it did, and what it could not do.
+    pub(crate) async fn repair(&self) -> Result<Repaired, NetworkError> {
         self.ask(Ask::Repair).await
+    }
+
+    /// Removes what the instance has on the host's side, if nobody lives on its network and no namespace is there.
+    pub(crate) async fn sweep(&self) -> Result<(), NetworkError> {
+        self.ask(Ask::Sweep).await
     }
 
     /// All VMs that live have been found: what is on the host for none of them goes.

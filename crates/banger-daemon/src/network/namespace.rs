@@ -128,6 +128,15 @@ impl Namespace {
         }
     }
 
+    /// The links that all guests share, where they are enabled.
+    pub(super) fn links(&self) -> Result<BTreeSet<String>, NetworkError> {
+        match self.known(NamespaceOp::ListLinks)? {
+            Some(NamespaceAnswer::Links { links }) => Ok(links.into_iter().collect()),
+            Some(_) => Err(NetworkError::Answer),
+            None => Ok(BTreeSet::new()),
+        }
+    }
+
     /// Lets a guest out, or no longer. Nothing is asked if it is so already.
     pub(super) fn set_nat(&mut self, address: Ipv4Addr, on: bool) -> Result<(), NetworkError> {
         if self.nat.contains(&address) == on {

@@ -84,8 +84,8 @@ fn port_now(port: &PublishedPort, live: bool, now: &Now) -> VmPort {
     let problem = now
         .problems
         .iter()
-        .find(|(protocol, listen, _)| (*protocol, *listen) == (port.protocol, port.listen))
-        .map(|(_, _, why)| why.clone());
+        .find(|problem| (problem.protocol, problem.listen) == place)
+        .map(|problem| problem.why.clone());
     VmPort {
         port: port.clone(),
         open: found.is_some(),

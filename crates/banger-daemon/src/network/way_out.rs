@@ -1,7 +1,7 @@
 //! The way out of the namespace to the internet; the only thing that differs by mode.
 
 use super::namespace::Namespace;
-use super::{NetworkError, NetworkSetup};
+use super::{NetworkError, NetworkSetup, network_error};
 use banger_api::network::{ClosedForward, WayOut};
 use banger_host::net::pasta;
 use banger_host::op::{HostAnswer, HostOp, NatReport};
@@ -34,6 +34,14 @@ pub(super) fn close(setup: &NetworkSetup) -> Result<(), NetworkError> {
         host.perform(&remove, &[])?;
     }
     Ok(())
+}
+
+/// It could not be made.
+pub(super) fn failed(error: &NetworkError) -> WayOut {
+    WayOut::Failed {
+        why: banger_host::error_chain(error),
+        hints: network_error(error).hints,
+    }
 }
 
 fn told(report: NatReport) -> WayOut {

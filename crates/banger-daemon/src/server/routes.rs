@@ -143,6 +143,7 @@ async fn daemon(call: Call<Nothing>) -> Result<DaemonStatus, ErrorBody> {
         pid: std::process::id(),
         instance: world.instance.id,
         mode: world.mode,
+        mode_why: world.mode_reason.to_string(),
         pool: world.instance.pool,
         started_at: world.started_at,
         vms: vms.len(),

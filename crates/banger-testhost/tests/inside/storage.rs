@@ -261,6 +261,66 @@ fn the_vms_of_an_image_share_one_loop_device_and_it_ends_with_the_last_of_them()
     assert_eq!(devices(), before);
 }
 
+/// Whether `host ls` explains the snapshot of this VM, and what it says of the loop devices below; nothing if there is
+/// none.
+fn explained(world: &World, vm: &Vm) -> Option<(bool, usize)> {
+    let objects = world.json(&["host", "ls"]);
+    let objects = objects.as_array().unwrap();
+    let file = vm.cow().display().to_string();
+    let loops = objects.iter().filter(|object| {
+        object["kind"] == "loop" && object["name"].as_str().unwrap().contains(&file)
+    });
+    let loops = loops.count();
+    let name = format!("BANGER-{UID}-{}-{}", vm.instance, vm.vm);
+    let snapshot = objects.iter().find(|object| object["name"] == name)?;
+    Some((snapshot["expected"] == true, loops))
+}
+
+#[test]
+#[ignore = "runs inside the test host"]
+fn a_snapshot_of_nobody_goes_by_either_verb_and_one_that_is_open_is_told() {
+    let world = World::new();
+    let before = devices();
+    world.json(&["host", "ls"]);
+    let text = std::fs::read(world.path("state/banger/instance.json")).unwrap();
+    let facts: Value = serde_json::from_slice(&text).unwrap();
+    let own: InstanceId = facts["id"].as_str().unwrap().parse().unwrap();
+    // Of a VM that no record knows.
+    let mut unknown = Vm::new();
+    unknown.instance = own;
+    for verb in [&["doctor", "--repair"][..], &["host", "clean"]] {
+        let device = unknown.attach().unwrap();
+        assert_eq!(explained(&world, &unknown), Some((false, 1)));
+        if verb[0] == "doctor" {
+            let open = File::open(&device).unwrap();
+            let (status, said) = world.tries(&[], verb);
+            assert!(
+                status == 7 && said.contains("left: snapshot BANGER-0-") && said.contains("hint: "),
+                "{said}"
+            );
+            drop(open);
+        }
+        let done = world.banger(verb);
+        assert!(done.contains("removed snapshot BANGER-0-"), "{done}");
+        assert!(done.contains("removed loop loop"), "{done}");
+        assert_eq!(devices(), before);
+    }
+    // Another instance's is its own daemon's, until its folder was removed.
+    let other = Vm::new();
+    other.attach().unwrap();
+    assert_eq!(explained(&world, &other), Some((true, 1)));
+    world.banger(&["host", "clean"]);
+    assert_eq!(explained(&world, &other), Some((true, 1)));
+    std::fs::remove_file(other.cow()).unwrap();
+    assert_eq!(
+        explained(&world, &other).map(|(expected, _)| expected),
+        Some(false)
+    );
+    world.banger(&["host", "clean"]);
+    assert_eq!(devices(), before);
+    world.leaves_nothing();
+}
+
 #[test]
 #[ignore = "runs inside the test host"]
 fn a_snapshot_that_is_grown_in_time_is_never_lost() {

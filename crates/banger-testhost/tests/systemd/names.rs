@@ -22,6 +22,11 @@ fn host_and_guests_know_each_other_by_name_in_helper_and_in_root_mode_also_after
     eventually("the helper has told the resolver", || finds("calm", &calm));
     let dns = otter.json("banger dns status");
     assert_eq!(dns["host_names"], ROUTED);
+    let doctor = otter.run("banger doctor").stdout;
+    assert!(doctor.contains(&format!("names: {ROUTED}")), "{doctor}");
+    let objects = otter.json("banger host ls");
+    let mut objects = objects.as_array().unwrap().iter();
+    assert!(objects.any(|object| object["kind"] == "resolver" && object["owner"] == "(instance)"));
 
     // The guest knows itself, and with NAT the internet by way of the host's resolver.
     let said = otter.ssh(

@@ -45,7 +45,7 @@ fn render(status: &DaemonStatus) -> String {
             format!("{} (build {})", status.version, status.build),
         ),
         ("pid", status.pid.to_string()),
-        ("mode", status.mode.name().to_owned()),
+        ("mode", mode(status)),
         ("started", value::date(status.started_at)),
         ("VMs", format!("{} ({} live)", status.vms, status.live)),
         ("addresses", status.pool.network().to_string()),
@@ -57,4 +57,13 @@ fn render(status: &DaemonStatus) -> String {
         text.push_str(&fields([("notice:", notice.clone())]));
     }
     text
+}
+
+fn mode(status: &DaemonStatus) -> String {
+    let name = status.mode.name();
+    if status.mode_why.is_empty() {
+        name.to_owned()
+    } else {
+        format!("{name} ({})", status.mode_why)
+    }
 }
