@@ -26,6 +26,7 @@ mod reconcile;
 mod record;
 mod registry;
 mod server;
+mod startup;
 mod storage;
 mod store;
 mod trash;
