@@ -275,6 +275,32 @@ impl TestEnv {
         &self.data
     }
 
+    /// Gives the world a second kernel, as good as its first, before its daemon comes up.
+    ///
+    /// # Panics
+    /// There is no first one, or no room.
+    pub fn add_kernel(&self, name: &str) {
+        let shelf = self.data.join("kernels");
+        let first = names(&shelf)
+            .into_iter()
+            .next()
+            .expect("the fixtures' kernel is there");
+        let id = "01a229ae-555b-72dc-9e79-5e19a732d6d8";
+        let added = shelf.join(id);
+        take_over(&shelf.join(first), &added);
+        let manifest = added.join("kernel.json");
+        let bytes = std::fs::read(&manifest).expect("a kernel has a manifest");
+        let mut value: Value = serde_json::from_slice(&bytes).expect("the manifest is JSON");
+        value["id"] = id.into();
+        value["name"] = name.into();
+        // Not in place: it may be a link to the first one's.
+        std::fs::remove_file(&manifest).expect("the world's folder is ours");
+        std::fs::write(&manifest, value.to_string()).expect("the world's folder is ours");
+        if let Some(user) = self.user {
+            give(&added, user);
+        }
+    }
+
     /// The folder of the project's programs.
     pub fn libexec(&self) -> &Path {
         &self.libexec

@@ -448,25 +448,6 @@ fn a_reset_throws_the_overlay_away_and_nothing_else() {
     env.ok(&["vm", "start", "otter", "--wait"]);
 }
 
-/// A second kernel, as good as the first.
-fn make_second_kernel(env: &TestEnv) {
-    let shelf = env.data().join("kernels");
-    let first = std::fs::read_dir(&shelf).unwrap().next().unwrap().unwrap();
-    let id = "01a229ae-555b-72dc-9e79-5e19a732d6d8";
-    let second = shelf.join(id);
-    run(
-        "cp",
-        &format!("-r {} {}", first.path().display(), second.display()),
-    );
-    let manifest = second.join("kernel.json");
-    let mut value: Value = serde_json::from_slice(&std::fs::read(&manifest).unwrap()).unwrap();
-    value["id"] = id.into();
-    value["name"] = "second".into();
-    // Not in place: it may be a link to the first one's.
-    std::fs::remove_file(&manifest).unwrap();
-    std::fs::write(&manifest, value.to_string()).unwrap();
-}
-
 #[test]
 #[ignore = "system test"]
 fn a_stopped_vm_gets_another_driver_kernel_and_overlay_size() {
@@ -480,7 +461,7 @@ fn a_stopped_vm_gets_another_driver_kernel_and_overlay_size() {
         before + "firecracker = \"/nonexistent/firecracker\"\n",
     )
     .unwrap();
-    make_second_kernel(&env);
+    env.add_kernel("second");
     let sizes = ["--overlay-size", "64M", "--storage", "overlay"];
     let vm = create(&env, "otter", &[&["--driver", "qemu"], &sizes[..]].concat());
     for change in [

@@ -36,8 +36,20 @@ pub(crate) const RESET: &[&str] = &["vm", "reset", NAME];
 pub(crate) const NAT: &[&str] = &["nat", "up", NAME];
 pub(crate) const PUBLISH: &[&str] = &["port", "add", NAME, PUBLISHED];
 const RESTART: &[&str] = &["vm", "restart", NAME];
-const GROW: &[&str] = &["vm", "set", "--disk-size", "96M", NAME];
+const SET: &[&str] = &[
+    "vm",
+    "set",
+    "--disk-size",
+    "96M",
+    "--overlay-size",
+    "9G",
+    "--kernel",
+    OTHER_KERNEL,
+    NAME,
+];
 const END: &[&str] = &["daemon", "stop"];
+/// Beside the one that VMs are made with.
+const OTHER_KERNEL: &str = "other";
 /// Stands for a port at an address of the loopback that no other world uses.
 const PUBLISHED: &str = "{published}";
 
@@ -93,7 +105,7 @@ pub(crate) const SCENES: [Scene; 13] = [
     scene("forced purge", &[CREATE, START], FORCE),
     scene("undelete", &[CREATE, START, STOP, DELETE], UNDELETE),
     scene("reset", &[CREATE, START, STOP], RESET),
-    scene("grow", &[CREATE, START, STOP], GROW),
+    scene("set", &[CREATE, START, STOP], SET),
 ];
 
 /// Those in which the helper does something.
@@ -147,7 +159,11 @@ impl Scene {
         };
         let vmm = Vmm::Scripted(script.to_owned());
         let env = place.mode.env("every_crash_point", vmm);
-        env.expect("where the first world was there is room for others")
+        let env = env.expect("where the first world was there is room for others");
+        if self.tried.contains(&OTHER_KERNEL) {
+            env.add_kernel(OTHER_KERNEL);
+        }
+        env
     }
 
     /// Does all that comes before the verb, with the `variables`.
