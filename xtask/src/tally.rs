@@ -82,7 +82,8 @@ impl Tally {
         }
     }
 
-    /// Keeps `thread 'name' (1234) panicked at file:line:` and the lines after it, up to the hint about backtraces.
+    /// Keeps `thread 'name' (1234) panicked at file:line:` and the lines after it, up to the backtrace or the hint
+    /// about one.
     fn hear_panic(&mut self, line: &str) {
         let thread = line
             .split_once("thread '")
@@ -94,7 +95,14 @@ impl Tally {
                 thread: thread.to_owned(),
                 said: vec![place.trim_start().to_owned()],
             });
-        } else if line.starts_with("note: run with `RUST_BACKTRACE") || line.starts_with("test ") {
+        } else if [
+            "stack backtrace:",
+            "note: run with `RUST_BACKTRACE",
+            "test ",
+        ]
+        .iter()
+        .any(|end| line.starts_with(end))
+        {
             self.in_panic = false;
         } else if self.in_panic
             && let Some(panic) = self.panics.last_mut()
