@@ -127,8 +127,9 @@ impl Client {
         }
     }
 
-    /// A client that asks `revive` for a daemon when nobody listens, once a call: the one that listened a moment ago
-    /// may have died. What a daemon may have received and only asks is asked again; what changes something never is.
+    /// A client that asks `revive` for a daemon when nobody listens, once for each try: the one that listened a moment
+    /// ago may have died. What a daemon may have received and only asks is asked again; what changes something never
+    /// is.
     #[must_use]
     pub fn reviving(mut self, revive: Arc<Revive>) -> Self {
         self.revive = Some(revive);
@@ -322,8 +323,8 @@ impl Client {
     }
 }
 
-/// Whether nobody listens.
-fn is_absence(error: &std::io::Error) -> bool {
+/// Whether a connection failed because nobody listens.
+pub fn is_absence(error: &std::io::Error) -> bool {
     matches!(
         error.kind(),
         std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused

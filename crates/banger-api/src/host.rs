@@ -35,6 +35,21 @@ pub enum HostKind {
 }
 
 impl HostKind {
+    /// Every kind.
+    pub const ALL: [Self; 11] = [
+        Self::Process,
+        Self::Cgroup,
+        Self::Namespace,
+        Self::Tap,
+        Self::PublishedPort,
+        Self::Veth,
+        Self::NftTable,
+        Self::Forwarding,
+        Self::Resolver,
+        Self::Snapshot,
+        Self::Loop,
+    ];
+
     /// Its name.
     pub const fn name(self) -> &'static str {
         match self {
@@ -89,12 +104,7 @@ mod tests {
 
     #[test]
     fn a_kind_is_on_the_wire_as_it_is_named() {
-        for kind in [
-            HostKind::Process,
-            HostKind::PublishedPort,
-            HostKind::NftTable,
-            HostKind::Loop,
-        ] {
+        for kind in HostKind::ALL {
             assert_eq!(serde_json::to_value(kind).unwrap(), kind.name());
         }
     }

@@ -9,7 +9,7 @@
 use crate::context::{Daemon, own_program};
 use crate::report::{Failure, note, warn};
 use crate::systemd;
-use banger_api::client::{Client, ClientError, DaemonIdentity};
+use banger_api::client::{Client, ClientError, DaemonIdentity, is_absence};
 use banger_api::daemon::{DaemonStatus, StopDaemon};
 use banger_api::endpoint::{GetDaemon, Nothing, PostDaemonStop};
 use banger_api::error::{ErrorBody, ErrorCode};
@@ -202,12 +202,9 @@ async fn probe(client: &Client) -> Result<Probe, Failure> {
     };
     match answer {
         Ok((status, identity)) => Ok(Probe::Answers(Box::new(status), identity)),
-        Err(ClientError::Connect { socket, source }) => match source.kind() {
-            std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {
-                Ok(Probe::Absent(ClientError::Connect { socket, source }))
-            }
-            _ => Err(ClientError::Connect { socket, source }.into()),
-        },
+        Err(ClientError::Connect { socket, source }) if is_absence(&source) => {
+            Ok(Probe::Absent(ClientError::Connect { socket, source }))
+        }
         // It went down between accepting and answering: as good as absent, the daemon's own lock keeps order.
         Err(error @ ClientError::Broken { .. }) => Ok(Probe::Absent(error)),
         Err(error @ ClientError::Unreadable { .. }) => Ok(Probe::Foreign(error)),
@@ -401,7 +398,7 @@ async fn start(client: &Client, paths: &Paths) -> Result<Daemon, Failure> {
 }
 
 /// The `bangerd` that this program would start.
-fn bangerd() -> Result<PathBuf, Failure> {
+pub(crate) fn bangerd() -> Result<PathBuf, Failure> {
     let program = own_program()?;
     find_program(&ProcessEnv, &program, "bangerd").ok_or_else(|| {
         let folder = program.parent().unwrap_or(Path::new("/")).display().to_string();

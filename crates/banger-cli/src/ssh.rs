@@ -43,10 +43,24 @@ pub(crate) fn vm_of_host(host: &str) -> &str {
     name.strip_suffix(DOMAIN).unwrap_or(name)
 }
 
+/// What holds however ssh comes to a guest: its pinned key alone is believed, and it knows one key of ours.
+const ALWAYS: [(&str, &str); 9] = [
+    ("IdentitiesOnly", "yes"),
+    ("IdentityAgent", "none"),
+    ("PreferredAuthentications", "publickey"),
+    ("KexAlgorithms", KEX),
+    ("UserKnownHostsFile", "/dev/null"),
+    ("GlobalKnownHostsFile", "/dev/null"),
+    ("StrictHostKeyChecking", "yes"),
+    ("UpdateHostKeys", "no"),
+    // An emulated guest takes its time to answer.
+    ("ConnectTimeout", "20"),
+];
+
 /// A block of ssh's configuration for all VMs by name: `banger` is this program, `identity` the private key.
 pub(crate) fn config_block(banger: &Path, identity: &Path) -> String {
     let banger = banger.to_string_lossy();
-    let lines = [
+    let own = [
         "User root".to_owned(),
         format!("ProxyCommand {} vm proxy %h %p", shell_word(&banger)),
         format!(
@@ -54,15 +68,13 @@ pub(crate) fn config_block(banger: &Path, identity: &Path) -> String {
             config_word(&banger)
         ),
         format!("IdentityFile {}", config_word(identity.to_string_lossy())),
-        "IdentitiesOnly yes".to_owned(),
-        "IdentityAgent none".to_owned(),
-        "StrictHostKeyChecking yes".to_owned(),
-        "UserKnownHostsFile /dev/null".to_owned(),
-        "GlobalKnownHostsFile /dev/null".to_owned(),
-        "UpdateHostKeys no".to_owned(),
-        format!("KexAlgorithms {KEX}"),
     ];
-    let lines: String = lines.iter().map(|line| format!("  {line}\n")).collect();
+    let always = ALWAYS.map(|(key, value)| format!("{key} {value}"));
+    let lines: String = own
+        .iter()
+        .chain(&always)
+        .map(|line| format!("  {line}\n"))
+        .collect();
     format!(
         "# What `banger ssh-config` printed: `ssh NAME{DOMAIN}` reaches the VM NAME.\nHost *{DOMAIN}\n{lines}"
     )
@@ -85,19 +97,11 @@ pub(crate) fn arguments(
             "IdentityFile={}",
             config_word(target.identity.to_string_lossy())
         ),
-        "IdentitiesOnly=yes".to_owned(),
-        "IdentityAgent=none".to_owned(),
-        "PreferredAuthentications=publickey".to_owned(),
-        format!("KexAlgorithms={KEX}"),
-        "UserKnownHostsFile=/dev/null".to_owned(),
-        "GlobalKnownHostsFile=/dev/null".to_owned(),
         format!("KnownHostsCommand={}", known_host.join(" ")),
-        "StrictHostKeyChecking=yes".to_owned(),
-        "UpdateHostKeys=no".to_owned(),
         format!("HostKeyAlias={}", target.id),
-        "ConnectTimeout=20".to_owned(),
         "LogLevel=ERROR".to_owned(),
     ];
+    options.extend(ALWAYS.map(|(key, value)| format!("{key}={value}")));
     if target.through_daemon {
         let proxy = [banger.as_ref(), "vm", "proxy", &target.id].map(shell_word);
         options.push(format!("ProxyCommand={} %p", proxy.join(" ")));
@@ -243,11 +247,13 @@ mod tests {
           IdentityFile "/home/o/my \"keys\"/id_ed25519"
           IdentitiesOnly yes
           IdentityAgent none
-          StrictHostKeyChecking yes
+          PreferredAuthentications publickey
+          KexAlgorithms ^curve25519-sha256
           UserKnownHostsFile /dev/null
           GlobalKnownHostsFile /dev/null
+          StrictHostKeyChecking yes
           UpdateHostKeys no
-          KexAlgorithms ^curve25519-sha256
+          ConnectTimeout 20
         "#);
     }
 

@@ -1,5 +1,6 @@
 //! What banger asks systemd: to start the daemon with the host, and whether the host goes down.
 
+use crate::ensure_daemon::bangerd;
 use crate::report::{Failure, warn};
 use banger_api::error::ErrorCode;
 use banger_api::paths::{Env as _, Paths, ProcessEnv};
@@ -21,9 +22,8 @@ pub(crate) fn starts(paths: &Paths, bangerd: &Path) -> bool {
 }
 
 /// Tells when nothing starts the daemon with the host, so that a VM with autostart does not come back by itself.
-pub(crate) fn warn_of_no_autostart(name: &VmName) {
-    let enabled = DaemonUnit::find(&ProcessEnv).is_some_and(|unit| unit.enabled);
-    if unit::is_booted() && enabled {
+pub(crate) fn warn_of_no_autostart(paths: &Paths, name: &VmName) {
+    if bangerd().is_ok_and(|program| starts(paths, &program)) {
         return;
     }
     let hint = if unit::is_booted() {

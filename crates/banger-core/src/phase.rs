@@ -25,8 +25,8 @@ pub enum Desired {
     Off,
 }
 
-/// The steps of a start, in order, but that `store-desired`, `lease-port`, and `open-files` with `write-boot` after it
-/// are done side by side. Each is one reversible host effect.
+/// The steps of a start, in order, but that `store-desired`, `lease-port`, `make-scope`, and `open-files` with
+/// `write-boot` after it are done side by side. Each is one reversible host effect.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema,
 )]

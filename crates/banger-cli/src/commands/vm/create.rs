@@ -128,7 +128,7 @@ impl StorageWord {
 
 pub(crate) fn run(args: CreateArgs) -> Outcome {
     let request = request(&args);
-    with_daemon(async |_, daemon| {
+    with_daemon(async |context, daemon| {
         let key = uuid::Uuid::now_v7().to_string();
         let create = daemon
             .client
@@ -166,7 +166,7 @@ pub(crate) fn run(args: CreateArgs) -> Outcome {
         }
         network::warn_about(&daemon.client, &vm).await;
         if request.autostart {
-            systemd::warn_of_no_autostart(&vm.name);
+            systemd::warn_of_no_autostart(&context.paths, &vm.name);
         }
         if args.output.json {
             json(&vm)?;

@@ -1,6 +1,6 @@
 //! `banger vm known-host`: the line of a known-hosts file for one VM. `ssh` runs it, so that no file is needed.
 
-use crate::context::{Context, block_on};
+use crate::context::with_daemon;
 use crate::output::print;
 use crate::report::{Failure, Outcome};
 use crate::ssh::{HostKeyError, split_host_key, vm_of_host};
@@ -25,9 +25,7 @@ pub(crate) fn run(args: KnownHostArgs) -> Outcome {
         print(&format!("{host} {kind} {key}\n"))?;
         return Ok(0);
     }
-    let context = Context::from_env()?;
-    block_on(async {
-        let daemon = context.daemon().await?;
+    with_daemon(async |_, daemon| {
         let name = vm_of_host(&host);
         let vm = daemon
             .client

@@ -1,6 +1,7 @@
 //! `banger vm proxy`: stdin and stdout are a connection to a guest's port. `ssh` runs it where the host has no route.
 
 use crate::context::{Context, block_on};
+use crate::ensure_daemon::silence;
 use crate::report::{Failure, Outcome};
 use crate::ssh::vm_of_host;
 use banger_api::endpoint::GetVmConnect;
@@ -25,9 +26,12 @@ pub(crate) fn run(args: ProxyArgs) -> Outcome {
     block_on(async {
         let client = context.daemon().await?.client;
         let request = ConnectVm { port: args.port };
-        let stream = client
-            .upgrade::<GetVmConnect>(&[("vm", vm_of_host(&args.vm))], &request)
-            .await?;
+        let probed = context.client();
+        let parameters = [("vm", vm_of_host(&args.vm))];
+        let stream = tokio::select! {
+            stream = client.upgrade::<GetVmConnect>(&parameters, &request) => stream?,
+            failure = silence(&probed) => return Err(failure),
+        };
         let (mut from_guest, mut to_guest) = tokio::io::split(stream);
         let (mut stdin, mut stdout) = (file(std::io::stdin())?, file(std::io::stdout())?);
         let upwards = async {

@@ -96,7 +96,7 @@ pub(crate) fn run(args: SetArgs) -> Outcome {
             args.vm
         ))?;
     }
-    with_daemon(async |_, daemon| {
+    with_daemon(async |context, daemon| {
         let parameters = [("vm", args.vm.as_str())];
         let before = match request.image {
             Some(_) => Some(
@@ -129,7 +129,7 @@ pub(crate) fn run(args: SetArgs) -> Outcome {
             network::warn_about(&daemon.client, &vm).await;
         }
         if request.autostart == Some(true) {
-            systemd::warn_of_no_autostart(&vm.name);
+            systemd::warn_of_no_autostart(&context.paths, &vm.name);
         }
         if args.output.json {
             json(&vm)?;

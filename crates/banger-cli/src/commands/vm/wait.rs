@@ -4,10 +4,10 @@ use super::render;
 use crate::complete;
 use crate::context::with_daemon;
 use crate::output::{OutputArgs, json, print};
-use crate::report::{Outcome, note};
+use crate::patience::{Wait, cancelled};
+use crate::report::Outcome;
 use crate::value;
 use banger_api::endpoint::GetVmWait;
-use banger_api::error::ErrorCode;
 use banger_api::vm::{WaitFor, WaitVm};
 use clap::ValueEnum;
 use std::time::Duration;
@@ -56,13 +56,15 @@ pub(crate) fn run(args: WaitArgs) -> Outcome {
     };
     with_daemon(async |_, daemon| {
         let parameters = [("vm", args.vm.as_str())];
-        let vm = tokio::select! {
-            vm = daemon.client.call::<GetVmWait>(&parameters, &request) => vm?,
-            _ = tokio::signal::ctrl_c() => {
-                note("no longer waiting; nothing is undone");
-                return Ok(ErrorCode::Cancelled.exit_code());
-            }
+        let wait = Wait {
+            what: &format!("VM `{}`", args.vm),
+            goes_on: "nothing is undone",
         };
+        let waited = daemon.client.call::<GetVmWait>(&parameters, &request);
+        let Some(vm) = wait.of(waited).await else {
+            return cancelled();
+        };
+        let vm = vm?;
         if args.output.json {
             json(&vm)?;
         } else {
