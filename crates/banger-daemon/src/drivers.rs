@@ -155,13 +155,19 @@ impl Drivers {
         choice: DriverChoice,
         vmlinux: Option<&Path>,
     ) -> Result<Chosen, ErrorBody> {
-        let (choice, why) = match choice {
-            DriverChoice::Auto => (self.config.choice, "auto by config.toml"),
-            asked => (asked, "asked for"),
+        let (by_settings, choice, why) = match choice {
+            DriverChoice::Auto => (true, self.config.choice, "auto by config.toml"),
+            asked => (false, asked, "asked for"),
+        };
+        let usable = |driver| {
+            self.usable(driver).map_err(|error| match by_settings {
+                true => error.hint("`[driver] choice` in config.toml asks for it"),
+                false => error,
+            })
         };
         match choice {
             DriverChoice::Firecracker => {
-                let found = self.usable(Driver::Firecracker)?;
+                let found = usable(Driver::Firecracker)?;
                 Ok(Chosen {
                     vmm: Box::new(Firecracker::new(found.path)),
                     accelerator: Accelerator::Kvm,
@@ -169,7 +175,7 @@ impl Drivers {
                 })
             }
             DriverChoice::Qemu => {
-                let found = self.usable(Driver::Qemu)?;
+                let found = usable(Driver::Qemu)?;
                 Ok(self.with_qemu(found, why, &self.kvm(vmlinux)))
             }
             DriverChoice::Auto => self.auto(vmlinux),

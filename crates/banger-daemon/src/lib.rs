@@ -3,6 +3,7 @@
 //! A request goes `server` → `registry` → a VM's actor (`vm`) → `decide` → a plan of steps → `host`, `network`,
 //! `images` and the shim → `store`. Only a VM's actor changes its phase; only `store` speaks SQL.
 
+mod blocking;
 mod config;
 mod convert;
 mod create;

@@ -3,9 +3,10 @@
 use super::deleting::Removal;
 use super::files::VmFiles;
 use super::link::{Commander, Link, LinkEvent};
-use super::start_plan::{StartError, Started, blocking};
+use super::start_plan::{StartError, Started};
 use super::stop_reason::Intent;
 use super::{Answer, Ask, AttemptFile, Handle, INBOX, Message, View};
+use crate::blocking::blocking;
 use crate::convert;
 use crate::images::store_error;
 use crate::record::VmRecord;

@@ -111,6 +111,7 @@ pub(super) fn write_boot(
         .choose(record.spec.driver, Some(&opened.kernel))
         .map_err(|error| match record.spec.driver {
             DriverChoice::Auto => error,
+            asked if asked == world.config.driver.choice => error,
             asked => error.hint(format!(
                 "VM `{0}` is set to {1}: `banger vm start {0} --driver auto` lets another VMM run it",
                 record.name,

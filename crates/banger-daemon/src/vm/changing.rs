@@ -3,14 +3,13 @@
 use super::Ask;
 use super::actor::{Actor, Reply, Run, answer_to};
 use super::files::lock_error;
-use super::start_plan::blocking;
 use super::teardown::close_storage;
+use crate::blocking::blocking;
 use crate::crash::{Side, point};
 use crate::images::ImageRecord;
 use crate::network::{Part, network_error};
 use crate::storage::{self, Layer};
 use banger_api::error::{ErrorBody, ErrorCode};
-use banger_core::id::KernelId;
 use banger_core::name::VmName;
 use banger_core::publish::PublishedPort;
 use banger_core::size::{CpuLimit, DiskBytes};
@@ -24,6 +23,12 @@ use uuid::Uuid;
 impl Actor {
     pub(super) async fn set(&mut self, ask: &Ask, reply: Reply) {
         let answer = self.changed(ask).await;
+        if ask.change.kernel.is_some() {
+            // What its record names is all that it pins.
+            let spec = &self.record.spec;
+            let images = &self.world.images;
+            images.repin(spec.image, spec.kernel, self.record.id);
+        }
         answer_to(reply, answer.map(|()| self.view.borrow().clone()));
     }
 
@@ -58,10 +63,10 @@ impl Actor {
         {
             self.grow_overlay(bytes).await?;
         }
-        if let Some(kernel) = change.kernel
-            && kernel != self.record.spec.kernel
-        {
-            self.change_kernel(kernel).await?;
+        if let Some(kernel) = change.kernel {
+            // Unless it is gone by now; the next start boots it.
+            let images = &self.world.images;
+            images.pin::<KernelManifest>(&kernel.to_string(), self.record.id)?;
         }
         if let Some(image) = &change.image
             && image.manifest.id != self.record.spec.image
@@ -70,6 +75,9 @@ impl Actor {
         }
         let mut changed = (*self.record).clone();
         changed.spec = changed.spec.patched(&change.patch);
+        if let Some(kernel) = change.kernel {
+            changed.spec.kernel = kernel;
+        }
         if let Some(name) = &change.name {
             changed.name = name.clone();
         }
@@ -150,27 +158,6 @@ impl Actor {
         }
     }
 
-    /// Pins the kernel, unless it is gone by now; the next start boots it.
-    async fn change_kernel(&mut self, kernel: KernelId) -> Result<(), ErrorBody> {
-        let images = &self.world.images;
-        images.pin::<KernelManifest>(&kernel.to_string(), self.record.id)?;
-        point("set", "kernel", Side::Before);
-        let done = self
-            .change(|record| {
-                record.spec.kernel = kernel;
-                record.generation += 1;
-            })
-            .await;
-        point("set", "kernel", Side::After);
-        let spec = &self.record.spec;
-        let images = &self.world.images;
-        images.repin(spec.image, spec.kernel, self.record.id);
-        done?;
-        self.note("set", format!("boots the kernel {kernel}"), None);
-        self.publish(|_| {});
-        Ok(())
-    }
-
     /// Pins the image, unless it is gone by now, and throws the overlay of the old one away. The VM's requests come one
     /// by one, so what its record names afterwards is all that it pins.
     async fn change_image(&mut self, image: &ImageRecord) -> Result<(), ErrorBody> {
@@ -227,7 +214,7 @@ impl Actor {
         );
         let mut error = ErrorBody::new(ErrorCode::Internal, message);
         error.causes.push(problem);
-        Err(error.hint("nothing was changed; `banger daemon logs` tells more"))
+        Err(error.hint("`banger daemon logs` tells more"))
     }
 
     /// As [`Actor::finish_reset`], of a promise that a crash or a full disk broke.
@@ -290,7 +277,7 @@ impl Actor {
 
     /// Lets the VM write more to `/`. The layer comes first, as in [`Actor::grow_disk`].
     async fn grow_overlay(&mut self, bytes: DiskBytes) -> Result<(), ErrorBody> {
-        let _lock = self.own_lock("set")?;
+        let _lock = self.own_lock("grow the overlay of")?;
         point("set", "overlay", Side::Before);
         // A layer that is thrown away is made anew as large as the record says.
         if !self.record.reset_pending {

@@ -2,7 +2,7 @@
 //! were asked for. It ends by itself with the last process in it.
 
 use super::actor::{Actor, Run};
-use super::start_plan::blocking;
+use crate::blocking::blocking;
 use crate::record::VmRecord;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_core::id::InstanceId;
@@ -35,7 +35,12 @@ pub(super) fn make(
         None => Err(NO_SYSTEMD.to_owned()),
     };
     match (made, limit) {
-        (Err(why), Some(limit)) => Err(unenforceable(&record.name, limit, why)),
+        (Err(why), Some(limit)) => {
+            let name = &record.name;
+            Err(unenforceable(name, limit, why).hint(format!(
+                "`banger vm set {name} --cpu-limit none` lets it run without"
+            )))
+        }
         (made, _) => Ok(Some(Applied {
             layer: Layer::Cgroup,
             missing: made.err(),
@@ -107,11 +112,10 @@ fn change(shim: u32, limit: Option<CpuLimit>) -> Result<(), String> {
     let Some(unit) = scope_in(&cgroup).filter(|unit| unit.starts_with(PREFIX)) else {
         return unlimited("it runs in no scope of its own, and gets one when it starts".to_owned());
     };
-    if holds(&cgroup, percent).is_ok() {
-        return Ok(());
-    }
-    if percent.is_none() && cpu_limit_of(&cgroup).is_err() {
-        return Ok(());
+    match cpu_limit_of(&cgroup) {
+        Ok(now) if now == percent => return Ok(()),
+        Err(_) if percent.is_none() => return Ok(()),
+        Ok(_) | Err(_) => {}
     }
     let systemd = Systemd::nearest().ok_or(NO_SYSTEMD)?;
     systemd
@@ -122,15 +126,11 @@ fn change(shim: u32, limit: Option<CpuLimit>) -> Result<(), String> {
 
 fn unenforceable(name: &VmName, limit: CpuLimit, why: String) -> ErrorBody {
     let message = format!("the CPU limit of VM `{name}`, {limit}, would not hold");
-    let mut error = ErrorBody::new(ErrorCode::StartFailed, message);
+    let mut error = ErrorBody::new(ErrorCode::HostUnfit, message);
     error.causes.push(why);
-    error
-        .hint(format!(
-            "`banger vm set {name} --cpu-limit none` lets it run without"
-        ))
-        .hint(
-            "limits need systemd and, for an ordinary user, `Delegate=cpu memory pids` in the unit user@.service",
-        )
+    error.hint(
+        "limits need systemd and, for an ordinary user, `Delegate=cpu memory pids` in the unit user@.service",
+    )
 }
 
 impl Actor {
@@ -179,13 +179,13 @@ mod tests {
         let name = VmName::new("otter").unwrap();
         let limit = CpuLimit::new(150).unwrap();
         let error = unenforceable(&name, limit, NO_SYSTEMD.to_owned());
-        assert_eq!(error.code, ErrorCode::StartFailed);
+        assert_eq!(error.code, ErrorCode::HostUnfit);
         assert_eq!(
             error.message,
             "the CPU limit of VM `otter`, 150%, would not hold"
         );
         assert_eq!(error.causes, [NO_SYSTEMD]);
-        assert!(error.hints[0].contains("vm set otter --cpu-limit none"));
+        assert!(error.hints[0].contains("Delegate=cpu"));
         let missing = holds("/no-such-cgroup", Some(150)).unwrap_err();
         assert!(missing.contains("`cpu` is not delegated"), "{missing}");
     }

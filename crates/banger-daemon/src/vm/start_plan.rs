@@ -5,6 +5,7 @@ use super::boot_material::{Opened, open_files, write_boot};
 use super::files::{self, VmFiles};
 use super::link::Link;
 use super::{AttemptFile, scope};
+use crate::blocking::blocking;
 use crate::crash::{Side, point};
 use crate::images::store_error;
 use crate::network::{Lease, network_error};
@@ -75,7 +76,15 @@ impl StartPlan {
         // They wait for different things: the disk, the network's actor, files, systemd. Each is waited for, also after
         // another has failed, so that a teardown meets nothing half done.
         let (stored, lease, boot, placed) = tokio::join!(
-            self.store_desired(),
+            async {
+                match self.desired_is_new {
+                    true => {
+                        self.step(StartStep::StoreDesired, self.store_desired())
+                            .await
+                    }
+                    false => Ok(()),
+                }
+            },
             self.step(StartStep::LeasePort, self.lease_port()),
             async {
                 let opened = self.step(StartStep::OpenFiles, self.open_files()).await?;
@@ -137,18 +146,9 @@ impl StartPlan {
     }
 
     /// Makes it durable that the VM is to run.
-    async fn store_desired(&self) -> Result<(), StartError> {
-        if !self.desired_is_new {
-            return Ok(());
-        }
-        point("start", "desired", Side::Before);
+    async fn store_desired(&self) -> Result<(), ErrorBody> {
         let stored = self.world.store.update_vm((*self.record).clone()).await;
-        point("start", "desired", Side::After);
-        stored.map_err(|error| StartError {
-            step: StartStep::StoreDesired,
-            error: store_error(&error),
-            cancelled: false,
-        })
+        stored.map_err(|error| store_error(&error))
     }
 
     async fn take_lock(&self) -> Result<Locked, ErrorBody> {
@@ -284,12 +284,4 @@ pub(super) fn start_cancelled(name: &VmName) -> ErrorBody {
 /// Waits for a shim that has ended or is about to.
 pub(super) fn reap(mut shim: Child) {
     tokio::task::spawn_blocking(move || shim.wait());
-}
-
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, ErrorBody> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))
 }

@@ -155,7 +155,7 @@ impl Actor {
                 cancelled,
             }) => {
                 // Nobody was told that it is to run.
-                let unstored = step == StartStep::StoreDesired;
+                let unstored = !cancelled && step == StartStep::StoreDesired;
                 let unwound = unwind(&self.world, &self.record).await;
                 let why = if cancelled {
                     or_going_down(StopReason::StartCancelled, going_down)
