@@ -87,6 +87,15 @@ pub(crate) struct Found {
     pub(crate) apex: Apex,
 }
 
+/// Makes a guest one of those that have a switch on, or no longer.
+fn switch(guests: &mut HashSet<Ipv4Addr>, address: Ipv4Addr, on: bool) {
+    if on {
+        guests.insert(address);
+    } else {
+        guests.remove(&address);
+    }
+}
+
 impl Zone {
     /// An empty zone for the guests of `pool`.
     pub fn new(pool: Pool) -> Self {
@@ -180,12 +189,7 @@ impl Zone {
     /// [`ZoneError::NotOfGuests`].
     pub fn set_nat(&self, address: Ipv4Addr, on: bool) -> Result<(), ZoneError> {
         self.check(address)?;
-        let mut tables = self.write();
-        if on {
-            tables.nat.insert(address);
-        } else {
-            tables.nat.remove(&address);
-        }
+        switch(&mut self.write().nat, address, on);
         Ok(())
     }
 
@@ -196,12 +200,7 @@ impl Zone {
     /// [`ZoneError::NotOfGuests`].
     pub fn set_private(&self, address: Ipv4Addr, on: bool) -> Result<(), ZoneError> {
         self.check(address)?;
-        let mut tables = self.write();
-        if on {
-            tables.private.insert(address);
-        } else {
-            tables.private.remove(&address);
-        }
+        switch(&mut self.write().private, address, on);
         Ok(())
     }
 

@@ -105,8 +105,8 @@ impl Actor {
             match self.repair() {
                 Ok(repaired) => {
                     tracing::warn!("the network has a keeper again, and is as it was");
-                    for (_, left) in repaired.left {
-                        tracing::warn!(error = left.message, causes = ?left.causes, "but for this");
+                    for (vm, left) in repaired.left {
+                        tracing::warn!(?vm, error = left.message, causes = ?left.causes, "but for this");
                     }
                 }
                 Err(error) => tracing::error!(
@@ -317,13 +317,23 @@ impl Actor {
 
     /// As far as it goes: NAT, published ports and joins of a VM that has its port. Answers what did not.
     fn open(&mut self, plan: &PortPlan) -> Vec<(Part, NetworkError)> {
+        let nat = self.set_nat(plan);
+        self.open_after_nat(plan, nat)
+    }
+
+    /// As [`Actor::open`], after what came of NAT.
+    fn open_after_nat(
+        &mut self,
+        plan: &PortPlan,
+        nat: Result<(), NetworkError>,
+    ) -> Vec<(Part, NetworkError)> {
         let mut problems = Vec::new();
         let mut keep = |part: Part, outcome: Result<(), NetworkError>| {
             if let Err(error) = outcome {
                 problems.push((part, error));
             }
         };
-        keep(Part::Nat, self.set_nat(plan));
+        keep(Part::Nat, nat);
         let Some(namespace) = &mut self.namespace else {
             return problems;
         };
@@ -357,18 +367,28 @@ impl Actor {
     /// The way out comes first and goes last, so that nobody is let out into nowhere.
     fn set_nat(&mut self, plan: &PortPlan) -> Result<(), NetworkError> {
         if plan.nat {
-            // Also if it was open: whoever made it may have ended since, and to ask is cheap.
-            let Some(namespace) = &self.namespace else {
-                return Ok(());
-            };
-            match way_out::open(&self.setup, namespace) {
-                Ok(open) => self.way_out = open,
-                Err(error) => {
-                    self.way_out = way_out::failed(&error);
-                    return Err(error);
-                }
+            self.open_way_out()?;
+        }
+        self.let_out(plan)
+    }
+
+    /// Also if it was open: whoever made it may have ended since, and to ask is cheap.
+    fn open_way_out(&mut self) -> Result<(), NetworkError> {
+        let Some(namespace) = &self.namespace else {
+            return Ok(());
+        };
+        match way_out::open(&self.setup, namespace) {
+            Ok(open) => self.way_out = open,
+            Err(error) => {
+                self.way_out = way_out::failed(&error);
+                return Err(error);
             }
         }
+        Ok(())
+    }
+
+    /// Lets a guest out by the way that is there, or no longer.
+    fn let_out(&mut self, plan: &PortPlan) -> Result<(), NetworkError> {
         if let Some(namespace) = &mut self.namespace {
             namespace.set_private(plan.address, plan.nat_private)?;
             namespace.set_nat(plan.address, plan.nat)?;
@@ -583,9 +603,8 @@ impl Actor {
                 Some(namespace) => namespace.ports()?.is_empty(),
                 None => true,
             };
-            if unused && let Some(host) = &self.setup.host {
-                let instance = self.setup.instance;
-                host.perform(&HostOp::DetachVeth { instance }, &[])?;
+            if unused {
+                self.detach_host()?;
             }
         } else if !self.plans.values().any(|plan| plan.nat) {
             // With somebody who needs it, it may be open though it could not be looked at.
@@ -622,6 +641,8 @@ impl Actor {
             namespace.prepared = false;
         }
         self.prepare()?.look()?;
+        // What another keeper lacks is made now.
+        self.rejoined = false;
         self.way_out = WayOut::Closed;
         let plans: Vec<PortPlan> = self.plans.values().cloned().collect();
         // All ports first: joins are between two of them.
@@ -634,10 +655,22 @@ impl Actor {
                 repaired.leave(Some(plan.vm), &error.into());
             }
         }
+        // The way out is everybody's, and may take long to fail.
+        let mut way_out = Ok(());
+        if plans.iter().any(|plan| plan.nat) {
+            way_out = self.open_way_out();
+        }
+        if let Err(error) = &way_out {
+            repaired.leave(None, error);
+        }
         for plan in plans {
-            for (part, problem) in self.open(&plan) {
-                // The way out is everybody's.
-                let vm = (part != Part::Nat).then_some(plan.vm);
+            let nat = match way_out {
+                Err(_) if plan.nat => Ok(()),
+                _ => self.let_out(&plan),
+            };
+            for (part, problem) in self.open_after_nat(&plan, nat) {
+                // Joins are set for all at once.
+                let vm = (part != Part::Joins).then_some(plan.vm);
                 repaired.leave(vm, &problem);
             }
         }
@@ -684,10 +717,15 @@ impl Actor {
     /// Nobody lives, and nothing is there to live in: then nothing on the host is of use.
     fn sweep(&mut self) -> Result<(), NetworkError> {
         self.adopt()?;
-        if self.namespace.is_none()
-            && self.plans.is_empty()
-            && let Some(host) = &self.setup.host
-        {
+        if self.namespace.is_none() && self.plans.is_empty() {
+            self.detach_host()?;
+        }
+        Ok(())
+    }
+
+    /// Nothing of the instance is left on the host's side.
+    fn detach_host(&self) -> Result<(), NetworkError> {
+        if let Some(host) = &self.setup.host {
             let instance = self.setup.instance;
             host.perform(&HostOp::DetachVeth { instance }, &[])?;
         }
@@ -699,11 +737,8 @@ impl Actor {
             return Ok(());
         };
         let unused = matches!(namespace.ports(), Ok(ports) if ports.is_empty());
-        if unused && let Some(host) = &self.setup.host {
-            let detach = HostOp::DetachVeth {
-                instance: self.setup.instance,
-            };
-            host.perform(&detach, &[])?;
+        if unused {
+            self.detach_host()?;
         }
         if unused {
             namespace::let_go(namespace);

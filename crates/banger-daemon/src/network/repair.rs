@@ -35,11 +35,11 @@ impl Mend {
 }
 
 impl Repaired {
-    /// The same is told once, whoever else it meets.
+    /// The same of the same VM, or of all, is told once.
     pub(super) fn leave(&mut self, vm: Option<VmId>, error: &NetworkError) {
-        let error = network_error(error);
-        if self.left.iter().all(|(_, known)| *known != error) {
-            self.left.push((vm, error));
+        let left = (vm, network_error(error));
+        if !self.left.contains(&left) {
+            self.left.push(left);
         }
     }
 
@@ -245,9 +245,12 @@ mod tests {
         let error = NetworkError::Pasta(pasta);
         let mut repaired = Repaired::default();
         let (vm, _) = plans();
-        repaired.leave(Some(vm), &error);
+        repaired.leave(None, &error);
         repaired.leave(None, &error);
         assert_eq!(repaired.left.len(), 1);
+        // Another VM that it meets is told as well.
+        repaired.leave(Some(vm), &error);
+        assert_eq!(repaired.left.len(), 2);
         let left = &repaired.left[0].1;
         assert!(left.causes[0].contains("no route"), "{left:?}");
         assert!(left.hints[0].contains("passt"), "{left:?}");

@@ -92,7 +92,7 @@ impl Keeper {
     /// one within 30 s.
     ///
     /// # Errors
-    /// It cannot be started, or says why it cannot make the namespaces, or is not ready within 10 s.
+    /// It cannot be started, or says why it cannot make the namespaces, or is not ready in time.
     pub fn spawn(program: &Path, socket: &Path, user_namespace: bool) -> Result<Self, KeeperError> {
         let mut args = vec![OsStr::new("--socket"), socket.as_os_str()];
         if user_namespace {
@@ -207,7 +207,7 @@ pub fn probe_namespaces(program: &Path) -> Result<(), KeeperError> {
 /// Starts `program` (a `banger-netns`) and waits until it says that it is ready. It outlives this process.
 ///
 /// # Errors
-/// It cannot be started, or says why it gave up, or is not ready within 10 s.
+/// It cannot be started, or says why it gave up, or is not ready in time.
 pub(super) fn start(program: &Path, args: &[&OsStr]) -> Result<(), KeeperError> {
     let failed = |source| KeeperError::Start {
         program: program.to_owned(),

@@ -35,7 +35,7 @@ pub enum PastaError {
 
 /// Gives the namespace of `keeper`, which is in a user namespace, a way to the internet if it has none: starts `helper`
 /// (a `banger-netns`), which starts `pasta` outside of the namespace, then has what leaves masqueraded. Both end with
-/// the keeper and outlive this process. Takes up to 10 s the first time, and one request afterwards.
+/// the keeper and outlive this process. Starting `pasta` takes a while the first time; afterwards it is one request.
 ///
 /// # Errors
 /// `pasta` is not installed or gives up, or the keeper refuses.
