@@ -9,7 +9,6 @@ use banger_api::daemon::{Check, Mode, Verdict};
 use banger_api::error::ErrorBody;
 use banger_api::host::Mended;
 use banger_api::network::WayOut;
-use banger_core::id::VmId;
 use banger_host::net::keeper::{KeeperError, probe_namespaces};
 use banger_host::net::pasta;
 use banger_host::probe;
@@ -44,16 +43,16 @@ pub(crate) async fn repair(app: &App) -> Mended {
     let mut mended = Mended::default();
     match app.world.network.repair().await {
         Ok(Repaired { done, left }) => {
-            let name = |vm| vm_name(app, vm);
+            let name = |vm| app.registry.describe(vm);
             mended
                 .done
-                .extend(done.into_iter().map(|mend| match mend.vm.and_then(name) {
+                .extend(done.into_iter().map(|mend| match mend.vm.map(name) {
                     Some(name) => format!("VM `{name}`: {}", mend.what),
                     None => mend.what,
                 }));
             mended
                 .left
-                .extend(left.into_iter().map(|(vm, error)| match vm.and_then(name) {
+                .extend(left.into_iter().map(|(vm, error)| match vm.map(name) {
                     Some(name) => ErrorBody {
                         message: format!("VM `{name}`: {}", error.message),
                         ..error
@@ -78,12 +77,6 @@ pub(crate) async fn repair(app: &App) -> Mended {
         }
     }
     mended
-}
-
-fn vm_name(app: &App, vm: VmId) -> Option<String> {
-    let vms = app.registry.list(false).into_iter();
-    let mut vms = vms.filter(|handle| handle.id == vm);
-    Some(vms.next()?.latest().record.name.to_string())
 }
 
 fn look(app: &App) -> Vec<Check> {
@@ -201,9 +194,13 @@ fn namespaces(probed: Result<(), KeeperError>) -> Check {
     const SUBJECT: &str = "user namespaces";
     let error = match probed {
         Ok(()) => return check(SUBJECT, Verdict::Good, "this user may make them", None),
-        Err(error) => banger_host::error_chain(&error),
+        Err(KeeperError::NotReady { why }) => why,
+        Err(error) => {
+            let message = format!("cannot find out: {}", banger_host::error_chain(&error));
+            return check(SUBJECT, Verdict::Bad, message, None);
+        }
     };
-    // Where a setting forbids them, what helps comes after it.
+    // Where a setting forbids them, the keeper says what helps after it.
     let (why, hint) = match error.split_once("; ") {
         Some((why, hint)) => (why, Some(hint)),
         None => (error.as_str(), None),
@@ -314,19 +311,16 @@ async fn network(app: &App) -> Vec<Check> {
     )];
     checks.extend(way_out(now.way_out.unwrap_or(WayOut::Closed)));
     for problem in &now.problems {
-        checks.push(closed_port(problem, vm_name(app, problem.vm)));
+        checks.push(closed_port(problem, &app.registry.describe(problem.vm)));
     }
     checks.extend(now.host_names.as_deref().map(names));
     checks
 }
 
 /// A published port that is closed, though its VM runs.
-fn closed_port(problem: &PortProblem, vm: Option<String>) -> Check {
-    let of = vm
-        .map(|name| format!(" of VM `{name}`"))
-        .unwrap_or_default();
+fn closed_port(problem: &PortProblem, vm: &str) -> Check {
     let message = format!(
-        "{} ({}){of} is closed: {}",
+        "{} ({}) of VM `{vm}` is closed: {}",
         problem.listen, problem.protocol, problem.why
     );
     let then = "`banger doctor --repair` opens it when the place is free";
@@ -455,7 +449,7 @@ mod tests {
             why: "address in use".to_owned(),
             hints: vec!["`ss -ltnp` shows who listens".to_owned()],
         };
-        let check = closed_port(&problem, Some("otter".to_owned()));
+        let check = closed_port(&problem, "otter");
         assert_eq!(check.verdict, Verdict::Bad);
         assert_eq!(
             check.message,

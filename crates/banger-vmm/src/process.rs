@@ -37,6 +37,14 @@ pub enum KillError {
         /// The lock.
         lock: PathBuf,
     },
+    /// It was killed, and has not ended: it waits for something in the kernel.
+    #[error("process {pid} has not ended {} s after SIGKILL", limit.as_secs())]
+    Lives {
+        /// The process.
+        pid: i32,
+        /// How long it was waited for.
+        limit: Duration,
+    },
     /// The signal could not be sent.
     #[error("cannot signal process {pid}")]
     Io {
@@ -97,10 +105,7 @@ pub(crate) fn end(pid: i32, file: FileId, lock: &Path, limit: Duration) -> Resul
     let pidfd = signal_holder(pid, file, lock, Signal::KILL)?;
     match wait_any(&[pidfd], limit) {
         Ok(true) => Ok(()),
-        Ok(false) => Err(KillError::Io {
-            pid,
-            source: io::ErrorKind::TimedOut.into(),
-        }),
+        Ok(false) => Err(KillError::Lives { pid, limit }),
         Err(source) => Err(KillError::Io { pid, source }),
     }
 }

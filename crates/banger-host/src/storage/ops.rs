@@ -167,6 +167,9 @@ pub fn seen(uid: u32, instance: InstanceId) -> BTreeSet<VmId> {
         .collect()
 }
 
+/// What the uuid of a snapshot's origin ends with.
+const ORIGIN: &str = "-origin";
+
 /// A loop device below a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LoopBelow {
@@ -174,6 +177,8 @@ pub struct LoopBelow {
     pub name: String,
     /// Its file, as the kernel shows it.
     pub file: String,
+    /// Whether it is what the snapshot writes to, and not the image below it.
+    pub is_written_to: bool,
     /// Whose snapshot stands on it.
     pub instance: InstanceId,
     /// That VM.
@@ -195,6 +200,7 @@ pub fn loops(uid: u32) -> Vec<LoopBelow> {
         Some(LoopBelow {
             name,
             file,
+            is_written_to: !uuid.ends_with(ORIGIN),
             instance,
             vm,
         })
@@ -211,7 +217,7 @@ fn parse(uid: u32, uuid: &str) -> Option<(InstanceId, VmId)> {
 pub fn owner(uuid: &str) -> Option<(u32, InstanceId, VmId)> {
     const ID: usize = 36;
     let (uid, ids) = uuid.strip_prefix("BANGER-")?.split_once('-')?;
-    let ids = ids.strip_suffix("-origin").unwrap_or(ids);
+    let ids = ids.strip_suffix(ORIGIN).unwrap_or(ids);
     let (instance, vm) = (ids.get(..ID)?, ids.get(ID..)?.strip_prefix('-')?);
     Some((uid.parse().ok()?, instance.parse().ok()?, vm.parse().ok()?))
 }
@@ -339,7 +345,7 @@ fn take_apart(control: &Control, names: &Names) -> Result<(), DmError> {
 
 /// Devices and their numbers are everybody's.
 fn refuse_too_many(uid: u32) -> Result<(), SnapshotError> {
-    let theirs = |uuid: &String| uuid.ends_with("-origin") && parse(uid, uuid).is_some();
+    let theirs = |uuid: &String| uuid.ends_with(ORIGIN) && parse(uid, uuid).is_some();
     let limit = MAX_SNAPSHOTS;
     if uid != 0 && dm::seen().iter().filter(|uuid| theirs(uuid)).count() >= limit {
         return Err(SnapshotError::TooMany { uid, limit });
