@@ -12,6 +12,7 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 /// Files up to this size are copied into a world; larger ones, which nobody writes to, are linked.
 const COPY_UP_TO: u64 = 4 << 20;
@@ -293,8 +294,6 @@ impl TestEnv {
         let mut value: Value = serde_json::from_slice(&bytes).expect("the manifest is JSON");
         value["id"] = id.into();
         value["name"] = name.into();
-        // Not in place: it may be a link to the first one's.
-        std::fs::remove_file(&manifest).expect("the world's folder is ours");
         std::fs::write(&manifest, value.to_string()).expect("the world's folder is ours");
         if let Some(user) = self.user {
             give(&added, user);
@@ -514,6 +513,12 @@ impl TestEnv {
             wait_exit(ending, LIMIT / 10);
         }
         let mut left = self.host();
+        // The kernel takes apart what its last process held a moment later.
+        let deadline = Instant::now() + LIMIT / 10;
+        while left.processes.is_empty() && !left.is_only_mounts() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(20));
+            left = self.host();
+        }
         let state = self.state.display().to_string();
         if self.mounted {
             left.mounts.retain(|mount| *mount != state);

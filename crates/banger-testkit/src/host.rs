@@ -83,6 +83,15 @@ impl Host {
         host
     }
 
+    /// Whether there is nothing else but mounts.
+    pub fn is_only_mounts(&self) -> bool {
+        let without = Self {
+            mounts: Vec::new(),
+            ..self.clone()
+        };
+        without == Self::default()
+    }
+
     /// Holds open the network namespaces of the processes.
     pub fn hold_namespaces(&self) -> Vec<HeldNamespace> {
         let own = std::fs::read_link("/proc/thread-self/ns/net").ok();

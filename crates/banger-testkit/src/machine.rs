@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Where a daemon looks for the helper.
 const HELPER: &str = "/run/banger-helper.sock";
@@ -140,6 +141,26 @@ impl Machine {
         text.replace("},{", "},\n{")
     }
 
+    /// Waits until the network is as it was `before`: the kernel takes apart what nobody holds a moment later.
+    ///
+    /// # Panics
+    /// It does not become so.
+    pub fn assert_network(&self, before: &str, at: &str) {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let now = self.network();
+            if now == before {
+                return;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{at}: the host is another than before:\n{}",
+                differences(before, &now)
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// All settings of the network, by name, but for what counts by itself.
     pub fn settings(&self) -> BTreeMap<PathBuf, String> {
         let mut settings = BTreeMap::new();
@@ -166,6 +187,45 @@ impl Machine {
     pub fn forwards(&self) -> bool {
         let path = format!("/proc/sys/net/ipv4/conf/{WAN}/forwarding");
         std::fs::read_to_string(path).expect("the machine has its way out") == "1\n"
+    }
+}
+
+/// Runs `work` on a machine of its own, with root's helper where the mode needs it, in a world whose VMM is scripted.
+/// Afterwards the machine's network must become what it was. Does nothing, and says why, where that cannot be.
+///
+/// # Panics
+/// Something is left, or `work` panics.
+pub fn in_a_world(
+    mode: Mode,
+    test: &'static str,
+    work: impl FnOnce(&Machine, TestEnv) + Send + 'static,
+) {
+    on_a_thread(test, move || {
+        let Some(machine) = Machine::enter(test, mode) else {
+            return;
+        };
+        let before = machine.network();
+        let helper = (mode == Mode::Helper).then(|| Helper::start(&[]));
+        let Some(env) = mode.env(test, Vmm::Scripted(String::new())) else {
+            return;
+        };
+        work(&machine, env);
+        drop(helper);
+        machine.assert_network(&before, test);
+    });
+}
+
+/// Runs `work` on a thread of its own: one that becomes another machine is nobody else's afterwards. It has the test's
+/// name, by which what it says when it panics is found.
+///
+/// # Panics
+/// `work` does.
+pub fn on_a_thread<T: Send + 'static>(test: &str, work: impl FnOnce() -> T + Send + 'static) -> T {
+    let thread = std::thread::Builder::new().name(test.to_owned());
+    let thread = thread.spawn(work).expect("there is room for a thread");
+    match thread.join() {
+        Ok(done) => done,
+        Err(panic) => std::panic::resume_unwind(panic),
     }
 }
 

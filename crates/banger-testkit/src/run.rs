@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 /// How long anything may take before a test fails.
 pub const LIMIT: Duration = Duration::from_secs(180);
 
+/// How long what is promised to happen at once may take on a machine that is busy with something else.
+pub const PROMPT: Duration = Duration::from_secs(10);
+
 /// How often [`eventually`] looks.
 const LOOK: Duration = Duration::from_millis(10);
 

@@ -12,7 +12,7 @@
 mod crash;
 
 use banger_testkit::env::{TestEnv, Vmm};
-use banger_testkit::machine::Mode;
+use banger_testkit::machine::{Mode, on_a_thread};
 use banger_testkit::run::eventually;
 use crash::compare::assert_host_is_records;
 use crash::place::{Place, two_at_a_time};
@@ -300,26 +300,19 @@ fn a_real_guest(mode: Mode, test: &str) {
 #[ignore = "system test"]
 fn as_root_a_real_guest_comes_through_an_abort_in_each_verb() {
     let test = "as_root_a_real_guest_comes_through_an_abort_in_each_verb";
-    on_a_thread(move || a_real_guest(Mode::Root, test));
+    on_a_thread(test, move || a_real_guest(Mode::Root, test));
 }
 
 #[test]
 #[ignore = "system test"]
 fn with_the_helper_a_real_guest_comes_through_an_abort_in_each_verb() {
     let test = "with_the_helper_a_real_guest_comes_through_an_abort_in_each_verb";
-    on_a_thread(move || a_real_guest(Mode::Helper, test));
+    on_a_thread(test, move || a_real_guest(Mode::Helper, test));
 }
 
 #[test]
 #[ignore = "system test"]
 fn without_root_a_real_guest_comes_through_an_abort_in_each_verb() {
     let test = "without_root_a_real_guest_comes_through_an_abort_in_each_verb";
-    on_a_thread(move || a_real_guest(Mode::Rootless, test));
-}
-
-/// A thread that becomes another machine is nobody else's afterwards.
-fn on_a_thread(work: impl FnOnce() + Send + 'static) {
-    if let Err(panic) = std::thread::spawn(work).join() {
-        std::panic::resume_unwind(panic);
-    }
+    on_a_thread(test, move || a_real_guest(Mode::Rootless, test));
 }

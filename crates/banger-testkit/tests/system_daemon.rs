@@ -10,7 +10,7 @@ use banger_api::event::{Cursor, Event, EventKind, FollowEvents};
 use banger_api::vm::CreateVm;
 use banger_testkit::env::TestEnv;
 use banger_testkit::host::{Host, openers};
-use banger_testkit::run::{LIMIT, Output, eventually, signal, wait_exit};
+use banger_testkit::run::{LIMIT, Output, PROMPT, eventually, signal, wait_exit};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::io::{Read, Write};
@@ -207,7 +207,7 @@ fn a_vm_whose_shim_was_killed_can_only_be_killed() {
 
     env.ok(&["vm", "kill", "otter"]);
     assert_eq!(env.vm("otter")["phase"]["why"]["reason"], "killed");
-    assert!(wait_exit(vmm, LIMIT), "the VMM lives");
+    assert!(wait_exit(vmm, PROMPT), "the VMM lives");
     assert_eq!(openers(&overlay), Vec::<i32>::new());
     assert_eq!(env.taps(), Vec::<String>::new());
     env.ok(&["vm", "start", "otter"]);
@@ -239,7 +239,7 @@ fn no_second_vmm_is_started_beside_one_that_is_stopped_and_deaf() {
     assert_eq!(openers(&overlay), [vmm]);
 
     env.ok(&["vm", "kill", "otter"]);
-    assert!(wait_exit(vmm, LIMIT), "the VMM lives");
+    assert!(wait_exit(vmm, PROMPT), "the VMM lives");
     env.ok(&["vm", "start", "otter"]);
     env.ok(&["vm", "wait", "otter"]);
     assert_eq!(openers(&overlay).len(), 1);
@@ -562,9 +562,12 @@ fn a_socket_that_was_removed_is_made_again() {
     env.ok(&["daemon", "start"]);
     let daemon = env.daemon_pid().unwrap();
     std::fs::remove_file(env.socket()).unwrap();
+    let removed = std::time::Instant::now();
     eventually("the socket is made again", || {
         env.socket().exists().then_some(())
     });
+    // The daemon looks every five seconds.
+    assert!(removed.elapsed() < 2 * PROMPT);
     env.ok(&["vm", "list"]);
     assert_eq!(env.daemon_pid(), Some(daemon));
 }

@@ -5,7 +5,7 @@
 
 use banger_testkit::env::{TestEnv, Vmm};
 use banger_testkit::host::Host;
-use banger_testkit::machine::{Helper, Machine, Mode, differences, ledger, sh};
+use banger_testkit::machine::{Machine, Mode, in_a_world, ledger, sh};
 use banger_testkit::run::{LIMIT, eventually, signal, wait_exit};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -39,20 +39,8 @@ fn without_root_what_is_broken_by_hand_is_repaired_reported_or_left_alone() {
 }
 
 fn tell(mode: Mode, test: &'static str) {
-    let thread = std::thread::spawn(move || {
-        let Some(machine) = Machine::enter(test, mode) else {
-            return;
-        };
-        let before = machine.network();
-        let helper = (mode == Mode::Helper).then(|| Helper::start(&[]));
-        let Some(env) = mode.env(test, Vmm::Scripted(String::new())) else {
-            return;
-        };
-        let world = World {
-            mode,
-            machine: &machine,
-            env,
-        };
+    in_a_world(mode, test, move |machine, env| {
+        let world = World { mode, machine, env };
         world.begin();
         world.a_vmm_that_is_killed_takes_its_port_along();
         world.a_port_that_is_deleted_is_told_and_made_again();
@@ -63,23 +51,7 @@ fn tell(mode: Mode, test: &'static str) {
         world.a_copied_state_folder_is_another_instance_and_harms_not_the_first(test);
         world.what_has_our_name_and_is_not_ours_is_named_and_left_alone();
         world.end();
-        drop(helper);
-        let mut after = machine.network();
-        let deadline = std::time::Instant::now() + LIMIT;
-        while after != before {
-            assert!(
-                std::time::Instant::now() < deadline,
-                "left on the host:\n{}",
-                differences(&before, &after)
-            );
-            std::thread::sleep(std::time::Duration::from_millis(50));
-            after = machine.network();
-        }
     });
-    // A thread that becomes another machine is nobody else's afterwards.
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
 }
 
 struct World<'a> {

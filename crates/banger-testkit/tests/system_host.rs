@@ -3,8 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use banger_testkit::env::{TestEnv, Vmm};
-use banger_testkit::machine::{Helper, Machine, Mode, differences, ledger, sh};
+use banger_testkit::env::TestEnv;
+use banger_testkit::machine::{Machine, Mode, in_a_world, ledger, sh};
 use banger_testkit::run::{LIMIT, Output, eventually, signal, wait_exit};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -12,29 +12,7 @@ use std::path::Path;
 
 /// On a machine and in a world of its own; nothing may be left of them.
 fn on_a_machine(mode: Mode, test: &'static str, look: fn(&Machine, &TestEnv)) {
-    let thread = std::thread::spawn(move || {
-        let Some(machine) = Machine::enter(test, mode) else {
-            return;
-        };
-        let before = machine.network();
-        let helper = (mode == Mode::Helper).then(|| Helper::start(&[]));
-        let Some(env) = mode.env(test, Vmm::Scripted(String::new())) else {
-            return;
-        };
-        look(&machine, &env);
-        drop(env);
-        drop(helper);
-        let after = machine.network();
-        assert!(
-            after == before,
-            "left on the host:\n{}",
-            differences(&before, &after)
-        );
-    });
-    // A thread that becomes another machine is nobody else's afterwards.
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
+    in_a_world(mode, test, move |machine, env| look(machine, &env));
 }
 
 fn create(env: &TestEnv, more: &[&str]) -> Value {
@@ -139,8 +117,18 @@ fn with_the_helper_what_root_made_is_listed_and_goes_with_the_rest() {
     });
 }
 
+/// Somebody who keeps a namespace.
+struct Holder(std::process::Child);
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// A namespace that somebody holds keeps its veth on the host though its keeper is gone.
-fn a_veth_of_nobody(env: &TestEnv) -> std::process::Child {
+fn a_veth_of_nobody(env: &TestEnv) -> Holder {
     create(env, &[]);
     let keeper = env.keeper().unwrap();
     #[expect(clippy::disallowed_methods, reason = "holds a namespace by hand")]
@@ -149,8 +137,9 @@ fn a_veth_of_nobody(env: &TestEnv) -> std::process::Child {
         .args(["sleep", "600"])
         .spawn()
         .unwrap();
+    let holder = Holder(holder);
     eventually("it is inside", || {
-        let inside = std::fs::read_link(format!("/proc/{}/ns/net", holder.id())).ok()?;
+        let inside = std::fs::read_link(format!("/proc/{}/ns/net", holder.0.id())).ok()?;
         (Some(inside) == std::fs::read_link(format!("/proc/{keeper}/ns/net")).ok()).then_some(())
     });
     env.ok(&["vm", "stop", "otter"]);
@@ -160,7 +149,7 @@ fn a_veth_of_nobody(env: &TestEnv) -> std::process::Child {
 }
 
 fn what_the_host_keeps_of_nobody_goes(env: &TestEnv, verb: &[&str]) {
-    let mut holder = a_veth_of_nobody(env);
+    let holder = a_veth_of_nobody(env);
     let left = eventually("it is left over", || {
         let there = objects(env);
         let veth = there.iter().find(|object| object.0 == "veth")?;
@@ -170,8 +159,7 @@ fn what_the_host_keeps_of_nobody_goes(env: &TestEnv, verb: &[&str]) {
     let done = env.ok(verb);
     assert!(done.contains("removed veth bv"), "{done}");
     assert_eq!(objects(env).len(), 1, "{:?}", objects(env));
-    holder.kill().unwrap();
-    holder.wait().unwrap();
+    drop(holder);
     env.ok(&["vm", "delete", "--purge", "otter"]);
 }
 
@@ -224,13 +212,14 @@ fn who_holds_a_lock_and_is_not_ours_is_told_and_left_alone() {
         env.ok(&["vm", "stop", "otter"]);
         let lock = env.vm_folder(vm["id"].as_str().unwrap()).join("vm.lock");
         let held = std::fs::File::open(&lock).unwrap();
-        held.try_lock().unwrap();
+        eventually("the lock is free", || held.try_lock().ok());
         let own = std::process::id();
         for verb in [&["doctor", "--repair"][..], &["host", "clean"]] {
             let kill = format!("`kill {own}`");
             assert_left(&env.banger(verb), &["banger did not start it", &kill]);
         }
-        drop(held);
+        // Not by closing it, of which another test's child may hold a copy until it becomes another program.
+        held.unlock().unwrap();
         assert_eq!(env.banger(&["doctor", "--repair"]).status, 0);
     });
 }

@@ -6,14 +6,14 @@ mod network;
 
 use banger_testkit::env::{TestEnv, Vmm};
 use banger_testkit::machine::{self, Helper, Mode, sh};
-use banger_testkit::run::{LIMIT, Running, eventually};
+use banger_testkit::run::{LIMIT, PROMPT, Running, eventually};
 use network::servers::{RESOLVED, ask};
 use network::{ECHO, HOST, METADATA, Machine, PRIVATE, SERVER, SSH};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const ADDRESS: u16 = 1;
 const POINTER: u16 = 12;
@@ -48,7 +48,7 @@ fn tell(mode: Mode, test: &'static str) {
     if !machine::can_be_left(test, mode) {
         return;
     }
-    network::on_a_machine(move |machine| {
+    network::on_a_machine(test, move |machine| {
         let before = machine.state();
         let Some(mut world) = World::new(machine, mode, test) else {
             return;
@@ -278,8 +278,7 @@ impl<'a> World<'a> {
 
     fn what_is_closed_stays_closed_while_somebody_flushes_the_rules(&self) {
         let repairs = self.status()["repairs"].as_u64().unwrap();
-        let keeper = self.env.host().running("banger-netns");
-        let keeper = keeper.first().unwrap();
+        let keeper = self.env.keeper().unwrap();
         for (guest, targets) in [
             ("fox", [self.never(), Self::guest(self.owl)].concat()),
             (
@@ -333,12 +332,14 @@ impl<'a> World<'a> {
             (heard() > before + 20).then_some(())
         });
         self.env.ok(&["nat", "down", "fox"]);
-        // What was on its way is heard of yet, and how late depends on this machine.
+        // What was on its way is heard of yet, and how late depends on this machine; a connection that goes on is not.
+        let down = Instant::now();
         let at_the_end = eventually("no more is heard", || {
             let before = heard();
             std::thread::sleep(SILENCE / 5);
             (heard() == before).then_some(before)
         });
+        assert!(down.elapsed() < PROMPT, "{:?}", down.elapsed());
         std::thread::sleep(SILENCE);
         assert_eq!(heard(), at_the_end, "a connection outlived its NAT");
         self.closed("fox", &[self.internet(), self.never()].concat());

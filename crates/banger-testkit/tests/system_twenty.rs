@@ -5,7 +5,7 @@
 
 use banger_testkit::env::{TestEnv, Vmm};
 use banger_testkit::host::Host;
-use banger_testkit::machine::{Helper, Machine, Mode, differences, ledger, sh};
+use banger_testkit::machine::{Helper, Machine, Mode, differences, ledger, on_a_thread, sh};
 use banger_testkit::run::{LIMIT, eventually};
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -95,7 +95,7 @@ fn devices(env: &TestEnv) -> String {
 
 /// A first VM in a machine of its own: the kernel loads the modules that it takes, whose settings stay.
 fn load_modules(mode: Mode, test: &'static str) -> bool {
-    let life = std::thread::spawn(move || {
+    let made = on_a_thread(test, move || {
         let _machine = Machine::enter(test, mode)?;
         let _helper = (mode == Mode::Helper).then(|| Helper::start(&[]));
         let env = mode.env(test, Vmm::Scripted(String::new()))?;
@@ -106,10 +106,7 @@ fn load_modules(mode: Mode, test: &'static str) -> bool {
         end(&env);
         Some(())
     });
-    match life.join() {
-        Ok(made) => made.is_some(),
-        Err(panic) => std::panic::resume_unwind(panic),
-    }
+    made.is_some()
 }
 
 fn create(env: &TestEnv, name: &str) {
@@ -127,15 +124,11 @@ fn end(env: &TestEnv) {
 }
 
 fn tell(mode: Mode, test: &'static str) {
-    // A thread that becomes another machine is nobody else's afterwards.
-    let thread = std::thread::spawn(move || {
+    on_a_thread(test, move || {
         if load_modules(mode, test) {
             live(mode, test);
         }
     });
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
 }
 
 fn live(mode: Mode, test: &'static str) {

@@ -280,7 +280,7 @@ fn a_limit_that_nobody_holds_is_refused_and_a_scope_that_fails_is_told() {
         "--cpu-limit",
         "50%",
     ];
-    assert_refused(&env.banger(&[&create[..], &SIZE].concat()), 10, says);
+    assert_refused(&env.banger(&[&create[..], &SIZE].concat()), 7, says);
     assert_eq!(state(&env.vm("otter")), "stopped");
     env.ok(&["vm", "set", "otter", "--cpu-limit", "none"]);
     env.ok(&["vm", "start", "otter"]);
@@ -291,7 +291,7 @@ fn a_limit_that_nobody_holds_is_refused_and_a_scope_that_fails_is_told() {
     // Without systemd there is nothing to say of it.
     assert!(!layers(&env).contains("cgroup"));
     let set = ["vm", "set", "otter", "--cpu-limit", "50%"];
-    assert_refused(&env.banger(&set), 10, says);
+    assert_refused(&env.banger(&set), 7, says);
     let limit = |env: &TestEnv| env.vm("otter")["spec"]["cpu_limit"].clone();
     assert!(limit(&env).is_null());
     env.ok(&["vm", "kill", "otter"]);
@@ -299,7 +299,7 @@ fn a_limit_that_nobody_holds_is_refused_and_a_scope_that_fails_is_told() {
     assert_eq!(limit(&env), 50);
     let shown = env.ok(&["vm", "show", "otter"]);
     assert!(shown.contains("cpu limit   50%\n"), "{shown}");
-    assert_refused(&env.banger(&["vm", "start", "otter"]), 10, says);
+    assert_refused(&env.banger(&["vm", "start", "otter"]), 7, says);
     env.ok(&["vm", "set", "otter", "--cpu-limit", "none"]);
 
     // One that takes every connection and answers nobody.

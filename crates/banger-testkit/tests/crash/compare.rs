@@ -70,60 +70,62 @@ fn is_running(vm: &Value) -> bool {
     vm["phase"]["state"] == "running"
 }
 
-/// Processes, files, and the network inside and outside, in a world with this VM or none.
+/// Processes, files, and the network inside and outside, in a world with this VM or none. Some of it is put right a
+/// moment later, by whoever is told of the difference.
 pub(crate) fn assert_host_is_records(place: &Place, env: &TestEnv, at: &str, vm: Option<&Value>) {
-    let running = vm.filter(|vm| is_running(vm));
-    let shims: Vec<i32> = running
-        .map(|vm| i32::try_from(vm["attempt"]["shim_pid"].as_i64().unwrap()).unwrap())
-        .into_iter()
-        .collect();
-    // One that waited for its launch when the daemon died ends by itself, which takes a moment.
-    let host = eventually("the shims are as recorded", || {
-        let host = env.host();
-        (host.running("banger-shim") == shims).then_some(host)
-    });
-    let vmms = host.running(vmm_program(env));
-    assert_network(place, env, at, vm);
-    let Some(vm) = vm else {
-        assert_eq!(env.vm_folders(), Vec::<String>::new(), "{at}");
-        assert_eq!(vmms, Vec::<i32>::new(), "{at}");
-        return;
-    };
-    let id = vm["id"].as_str().unwrap();
-    assert_eq!(env.vm_folders(), [id], "{at}");
-    let folder = env.vm_folder(id);
-    for name in ["vm.json", "overlay.img", "disk.img"] {
-        assert!(folder.join(name).is_file(), "{at}: no {name}");
-    }
-    if is_running(vm) {
-        let pid = |which: &str| i32::try_from(vm["attempt"][which].as_i64().unwrap()).unwrap();
-        assert_eq!(vmms, [pid("vmm_pid")], "{at}");
-        assert_eq!(openers(&folder.join("overlay.img")), vmms, "{at}");
-    } else {
-        assert_eq!(vmms, Vec::<i32>::new(), "{at}");
-        assert_eq!(
-            openers(&folder.join("overlay.img")),
-            Vec::<i32>::new(),
-            "{at}"
-        );
-        assert!(!folder.join("run").exists(), "{at}: run/ is left");
-    }
-    let ledger = env.json(&["host", "ls"]);
-    for object in ledger.as_array().unwrap() {
-        assert_eq!(object["expected"], true, "{at}: {object}");
-    }
-}
-
-/// Some of it is put right a moment later, by whoever is told of the difference.
-fn assert_network(place: &Place, env: &TestEnv, at: &str, vm: Option<&Value>) {
     let deadline = std::time::Instant::now() + LIMIT;
-    while let Err(why) = network(place, env, vm) {
+    let compare = || {
+        processes(env, vm)?;
+        network(place, env, vm)?;
+        files(env, vm)?;
+        expected(env)
+    };
+    while let Err(why) = compare() {
         assert!(
             std::time::Instant::now() < deadline,
             "{at}: {why}\n{}",
             env.daemon_log()
         );
         std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+fn processes(env: &TestEnv, vm: Option<&Value>) -> Result<(), String> {
+    let recorded = |which: &str| -> Vec<i32> {
+        let running = vm.filter(|vm| is_running(vm)).into_iter();
+        running
+            .map(|vm| i32::try_from(vm["attempt"][which].as_i64().unwrap()).unwrap())
+            .collect()
+    };
+    let host = env.host();
+    // One that waited for its launch when the daemon died ends by itself.
+    equal("shims", host.running("banger-shim"), recorded("shim_pid"))?;
+    equal("VMMs", host.running(vmm_program(env)), recorded("vmm_pid"))
+}
+
+fn files(env: &TestEnv, vm: Option<&Value>) -> Result<(), String> {
+    let Some(vm) = vm else {
+        return equal("folders of VMs", env.vm_folders(), Vec::new());
+    };
+    let id = vm["id"].as_str().unwrap();
+    equal("folders of VMs", env.vm_folders(), vec![id.to_owned()])?;
+    let folder = env.vm_folder(id);
+    for name in ["vm.json", "overlay.img", "disk.img"] {
+        equal(name, folder.join(name).is_file(), true)?;
+    }
+    let writers = env.host().running(vmm_program(env));
+    let overlay = folder.join("overlay.img");
+    equal("who has the overlay open", openers(&overlay), writers)?;
+    equal("run/ is there", folder.join("run").exists(), is_running(vm))
+}
+
+/// The ledger explains all that it shows.
+fn expected(env: &TestEnv) -> Result<(), String> {
+    let ledger = env.json(&["host", "ls"]);
+    let mut objects = ledger.as_array().unwrap().iter();
+    match objects.find(|object| object["expected"] != true) {
+        Some(object) => Err(format!("left over: {object}")),
+        None => Ok(()),
     }
 }
 

@@ -3,7 +3,7 @@
 
 pub(crate) mod servers;
 
-use banger_testkit::machine::{leave_the_host, sh};
+use banger_testkit::machine::{leave_the_host, on_a_thread, sh};
 use rustix::fd::OwnedFd;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use servers::{Heard, RESOLVED_PORT};
@@ -64,11 +64,8 @@ pub(crate) fn run(program: &str, args: &[&str]) -> String {
 }
 
 /// Runs `work` in a thread that is a machine of its own; so its children are, too.
-pub(crate) fn on_a_machine(work: impl FnOnce(&Machine) + Send + 'static) {
-    let thread = std::thread::spawn(move || work(&Machine::new()));
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
+pub(crate) fn on_a_machine(test: &str, work: impl FnOnce(&Machine) + Send + 'static) {
+    on_a_thread(test, move || work(&Machine::new()));
 }
 
 /// Runs `work` in a network.

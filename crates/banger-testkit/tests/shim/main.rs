@@ -68,12 +68,12 @@ impl Vm {
         self.folder.path().join(name)
     }
 
-    /// Longer than a socket's path may be.
     /// Lets happen what the script says under `on_go`.
     fn go(&self) {
         std::fs::write(self.run_dir().join("go"), "").unwrap();
     }
 
+    /// Longer than a socket's path may be.
     fn run_dir(&self) -> PathBuf {
         self.path(&format!("{}/run", "long-".repeat(24)))
     }
