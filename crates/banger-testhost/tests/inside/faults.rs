@@ -2,17 +2,16 @@
 //! goes or is cut, the host is full. The guests are played: who writes is the test.
 
 use super::inside::{World, command};
-use super::storage::{device_of, devices, eventually, is_valid, read_at, write_at};
+use super::storage::{LIMIT, device_of, devices, eventually, is_valid, read_at, write_at};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 const NAME: &str = "otter";
 const MIB: u64 = 1 << 20;
-const LIMIT: Duration = Duration::from_secs(180);
 
 const CREATE: &[&str] = &[
     "vm",

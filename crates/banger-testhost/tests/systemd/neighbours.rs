@@ -103,14 +103,15 @@ impl Beside {
     /// The guest gets there; what was just opened or loaded again may take a moment.
     #[track_caller]
     fn reaches(&self) {
+        let mut heard = String::new();
         for _ in 0..5 {
-            if self.heard() == format!("you are {HOST}\n") {
+            heard = self.heard();
+            if heard == format!("you are {HOST}\n") {
                 return;
             }
         }
         panic!(
-            "{}\n{}\n{}",
-            self.heard(),
+            "{heard}\n{}\n{}",
             self.world.told(&["nat", "status"]),
             their_rules()
         );
