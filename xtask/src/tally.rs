@@ -97,6 +97,9 @@ impl Tally {
             });
         } else if [
             "stack backtrace:",
+            "---- ",
+            "failures:",
+            "successes:",
             "note: run with `RUST_BACKTRACE",
             "test ",
         ]
@@ -243,7 +246,7 @@ mod tests {
              ok\n\
              thread 'b' (13) panicked at src/b.rs:3:4:\n\
              assertion failed: found\n\
-             note: run with `RUST_BACKTRACE=1` environment variable to display a backtrace\n\
+             ---- c stdout ----\n\
              something else\n\
              test b ... FAILED\n\
              test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out",
