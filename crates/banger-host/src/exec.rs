@@ -5,10 +5,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// The most that is kept of each of stdout (its beginning) and stderr (its end), in bytes.
@@ -39,6 +41,7 @@ pub struct Run {
     args: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     stdin: Option<Vec<u8>>,
+    stdout: Option<Arc<File>>,
     timeout: Duration,
 }
 
@@ -107,6 +110,7 @@ impl Run {
             args: Vec::new(),
             environment: Vec::new(),
             stdin: None,
+            stdout: None,
             timeout: DEFAULT_TIMEOUT,
         }
     }
@@ -138,6 +142,13 @@ impl Run {
     #[must_use]
     pub fn stdin(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.stdin = Some(bytes.into());
+        self
+    }
+
+    /// Where it writes its standard output, which is then not captured; it has this open until it ends.
+    #[must_use]
+    pub fn stdout_to(mut self, file: Arc<File>) -> Self {
+        self.stdout = Some(file);
         self
     }
 
@@ -211,7 +222,10 @@ impl Run {
             } else {
                 Stdio::null()
             })
-            .stdout(Stdio::piped())
+            .stdout(match &self.stdout {
+                Some(file) => file.try_clone()?.into(),
+                None => Stdio::piped(),
+            })
             .stderr(Stdio::piped())
             .process_group(0)
             .spawn()
@@ -391,6 +405,25 @@ mod tests {
         let bytes = vec![b'x'; 300_000];
         let output = Run::new("cat").stdin(bytes.clone()).run().unwrap();
         assert_eq!(output.stdout, bytes);
+    }
+
+    #[test]
+    fn what_it_writes_goes_where_it_is_sent_and_that_is_open_until_it_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("said");
+        let file = Arc::new(File::create(&path).unwrap());
+        file.lock().unwrap();
+        let running = shell("read go; echo hello").stdin("go\n").stdout_to(file);
+        assert_eq!(running.clone().run().unwrap().stdout, b"");
+        assert_eq!(std::fs::read(&path).unwrap(), b"hello\n");
+        // Somebody else's view of the file, as long as the program has it open and after that.
+        let other = File::open(&path).unwrap();
+        let mut child = running.spawn().unwrap();
+        drop(running);
+        assert!(other.try_lock().is_err());
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        other.try_lock().unwrap();
     }
 
     #[test]

@@ -528,12 +528,13 @@ impl Work {
             self.refuse_foreign_table(tag)?;
             let mut rules = Rules::new();
             let before = rules.generation()?;
-            self.tables.load(Contents {
+            let contents = Contents {
                 tag,
                 pool: record.pool,
                 uplinks,
                 lent,
-            })?;
+            };
+            self.tables.load(contents, &self.ledger.lock)?;
             let checksum = self.tables.checksum(&name)?;
             // What somebody may have changed before it was measured is made once more at the next occasion, of which
             // the watch tells.

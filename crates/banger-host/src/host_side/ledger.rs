@@ -14,6 +14,7 @@ use std::io::{self, Write};
 use std::net::Ipv4Addr;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 const LOCK: &str = "lock";
 const FORWARDING: &str = "forwarding.json";
@@ -87,7 +88,8 @@ impl Record {
 #[derive(Debug)]
 pub(super) struct Ledger {
     folder: PathBuf,
-    _lock: File,
+    /// Whoever has it open keeps others waiting.
+    pub(super) lock: Arc<File>,
 }
 
 impl Ledger {
@@ -122,7 +124,7 @@ impl Ledger {
             .map_err(|errno| failed(errno.into()))?;
         Ok(Self {
             folder: folder.to_owned(),
-            _lock: lock.into(),
+            lock: Arc::new(lock.into()),
         })
     }
 

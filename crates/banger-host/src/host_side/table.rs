@@ -14,10 +14,12 @@ use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::fmt::Write as _;
+use std::fs::File;
+use std::sync::Arc;
 use std::time::Duration;
 
 const RULES: &str = include_str!("host.nft");
-const LOAD_TIMEOUT: Duration = Duration::from_secs(10);
+const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
 const PREFIX: &str = "banger_";
 const SETS: [&str; 2] = ["uplinks", "lent"];
@@ -76,11 +78,17 @@ impl Tables {
         Ok(tables)
     }
 
-    /// Loads the table in one transaction, in place of what was there.
-    pub(super) fn load(&mut self, contents: Contents<'_>) -> Result<(), NftError> {
+    /// Loads the table in one transaction, in place of what was there. `lock` is held for as long as that takes, also
+    /// if this process is killed meanwhile: nobody who takes it then is overtaken.
+    pub(super) fn load(
+        &mut self,
+        contents: Contents<'_>,
+        lock: &Arc<File>,
+    ) -> Result<(), NftError> {
         let load = Run::new("nft")
             .args(["-f", "-"])
             .stdin(script(contents))
+            .stdout_to(Arc::clone(lock))
             .timeout(LOAD_TIMEOUT);
         step("load-table", || load.run()).map_err(NftError::Load)?;
         Ok(())
