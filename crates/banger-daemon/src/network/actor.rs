@@ -192,13 +192,22 @@ impl Actor {
         match self.namespace.take() {
             Some(namespace) => Ok(self.namespace.insert(namespace)),
             None => {
-                let namespace = namespace::make(
+                let made = namespace::make(
                     &self.setup.keeper_program,
                     &self.setup.keeper_socket,
                     self.setup.mode != Mode::Root,
-                )?;
-                self.named = false;
-                Ok(self.hold(namespace))
+                );
+                match made {
+                    Ok(namespace) => {
+                        self.named = false;
+                        Ok(self.hold(namespace))
+                    }
+                    // One that a daemon had begun before it was killed may have come first.
+                    Err(error) => {
+                        self.adopt()?;
+                        self.namespace.as_mut().ok_or(error)
+                    }
+                }
             }
         }
     }
@@ -260,11 +269,12 @@ impl Actor {
         }
         namespace.close_host(host_addresses)?;
         namespace.prepared = true;
-        if std::mem::replace(named, true) {
+        if *named {
             return Ok(namespace);
         }
         match namespace.keeper.request(NamespaceOp::DnsSockets) {
             Ok((_, sockets)) => {
+                *named = true;
                 // Four sockets: the host reaches two of them.
                 *tell_resolver = sockets.len() > 2;
                 // The server takes the newest; a full queue means that it has newer ones already.
@@ -597,15 +607,15 @@ impl Actor {
 
     fn settle(&mut self) -> Result<(), NetworkError> {
         self.settled = true;
-        if self.plans.is_empty() {
-            self.adopt()?;
-            let unused = match &self.namespace {
-                Some(namespace) => namespace.ports()?.is_empty(),
+        self.adopt()?;
+        // What this daemon has prepared is for the next VM, also if one that lived has ended by now.
+        let unused = self.plans.is_empty()
+            && match &self.namespace {
+                Some(namespace) => !namespace.prepared && namespace.ports()?.is_empty(),
                 None => true,
             };
-            if unused {
-                self.detach_host()?;
-            }
+        if unused {
+            self.detach_host()?;
         } else if !self.plans.values().any(|plan| plan.nat) {
             // With somebody who needs it, it may be open though it could not be looked at.
             way_out::close(&self.setup)?;
@@ -734,7 +744,7 @@ impl Actor {
 
     fn close(&mut self) -> Result<(), NetworkError> {
         let Some(namespace) = self.namespace.take() else {
-            return Ok(());
+            return self.sweep();
         };
         let unused = matches!(namespace.ports(), Ok(ports) if ports.is_empty());
         if unused {
