@@ -47,7 +47,11 @@ impl Context {
     /// The daemon; it is started, or replaced if it is stale, where needed. One that dies between two requests of a
     /// command is started again.
     pub(crate) async fn daemon(&self) -> Result<Daemon, Failure> {
-        let mode = ensure_daemon::Mode::from_env();
+        self.daemon_as(ensure_daemon::Mode::from_env()).await
+    }
+
+    /// As [`Context::daemon`], whatever the environment says of starting it.
+    pub(crate) async fn daemon_as(&self, mode: ensure_daemon::Mode) -> Result<Daemon, Failure> {
         let mut daemon = ensure_daemon::ensure(&self.paths, mode).await?;
         if mode == ensure_daemon::Mode::Start {
             let paths = self.paths.clone();

@@ -23,13 +23,13 @@ use std::time::{Duration, SystemTime};
 mod spawn;
 
 /// How long a daemon may take to answer a probe.
-const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 /// How long a command may go without an answer before the daemon is probed.
 const QUIET_LIMIT: Duration = Duration::from_secs(5);
 /// How long another program may hold the start-up lock: it may be waiting for a stale daemon and then for a new one.
-const START_LOCK_LIMIT: Duration = Duration::from_secs(60);
+const START_LOCK_LIMIT: Duration = Duration::from_secs(150);
 /// How long a daemon may take to end after it was told to, its VMs aside.
-const STOP_LIMIT: Duration = Duration::from_secs(30);
+const STOP_LIMIT: Duration = Duration::from_secs(90);
 /// How long no daemon is replaced after one was.
 const REPLACE_PAUSE: Duration = Duration::from_secs(60);
 

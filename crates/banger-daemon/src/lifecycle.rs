@@ -21,7 +21,7 @@ use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// How long the lock of the state folder may be held by what is left of another daemon.
-const LOCK_LIMIT: Duration = Duration::from_secs(10);
+const LOCK_LIMIT: Duration = Duration::from_secs(30);
 /// How often it is tried by then.
 const LOCK_RETRY: Duration = Duration::from_millis(10);
 
@@ -152,7 +152,7 @@ async fn run() -> Result<(), ErrorBody> {
 }
 
 /// The lock of the state folder. A daemon that died may have left it for a moment to a child that was about to become
-/// another program, which has no event to wait for.
+/// another program, or has it itself until the disk has taken what it wrote; there is no event to wait for.
 async fn take_lock(paths: &Paths) -> Result<File, ErrorBody> {
     let path = paths.daemon_lock();
     let file = File::options()

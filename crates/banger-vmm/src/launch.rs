@@ -19,7 +19,7 @@ pub const MAX_DESCRIPTORS: usize = 4;
 /// The longest message.
 pub(crate) const MAX_MESSAGE_BYTES: usize = 128 * 1024;
 /// How long a shim may take to answer; its own limit for the VMM is shorter.
-const ANSWER_LIMIT: Duration = Duration::from_secs(20);
+const ANSWER_LIMIT: Duration = Duration::from_secs(70);
 const DESCRIPTOR_SPACE: usize = rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS));
 
 /// Why a shim did not answer. A shim that answers that its VMM failed is no error.

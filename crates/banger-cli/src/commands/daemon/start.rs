@@ -24,7 +24,7 @@ pub(crate) struct RestartArgs {
 pub(crate) fn run(args: StartArgs) -> Outcome {
     let context = Context::from_env()?;
     block_on(async {
-        let daemon = ensure_daemon::ensure(&context.paths, Mode::Start).await?;
+        let daemon = context.daemon_as(Mode::Start).await?;
         show(&daemon.status().await?, args.output)
     })
 }

@@ -14,8 +14,8 @@ use banger_core::spec::Storage;
 use banger_core::watermark::COW_STEP;
 use std::time::Duration;
 
-/// How long the daemon may take to end when it stops no VMs.
-const LIMIT: Duration = Duration::from_secs(30);
+/// How long the daemon may take to end when it stops no VMs: whoever does things on the host for it may be busy.
+const LIMIT: Duration = Duration::from_secs(90);
 /// How long when it stops VMs first: a guest has 30 s before it is ended, and guests stop side by side.
 const LIMIT_WITH_VMS: Duration = Duration::from_secs(300);
 
