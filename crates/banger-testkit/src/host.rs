@@ -137,22 +137,18 @@ pub struct HeldNamespace {
 impl HeldNamespace {
     /// Whether any process of another program is in, or holds open, or anything is mounted on it.
     pub fn is_used(&self) -> bool {
-        // Also children of this process that are about to become another program: they have copies for a moment.
-        let program = |pid: &str| std::fs::read_link(format!("/proc/{pid}/exe")).ok();
-        let own = program("self");
         let mounted = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default();
         mounted.contains(&self.name.display().to_string())
-            || pids().into_iter().any(|pid| {
-                program(&pid.to_string()) != own
-                    && (network_namespace(pid).as_ref() == Some(&self.name)
-                        || descriptors(pid).contains(&self.name))
+            || others().into_iter().any(|pid| {
+                network_namespace(pid).as_ref() == Some(&self.name)
+                    || descriptors(pid).contains(&self.name)
             })
     }
 }
 
 /// The processes that have `file` open.
 pub fn openers(file: &Path) -> Vec<i32> {
-    let mut pids = pids();
+    let mut pids = others();
     pids.retain(|pid| descriptors(*pid).iter().any(|target| target == file));
     pids
 }
@@ -205,11 +201,22 @@ fn ip(namespace_of: Option<i32>, args: &[&str]) -> Vec<Value> {
     serde_json::from_slice(&output.stdout).unwrap_or_default()
 }
 
-fn pids() -> Vec<i32> {
+/// All processes but this one, and but children of any thread of it that are about to become another program: until
+/// then they have copies of all that this one has open, which is other worlds' as well.
+fn others() -> Vec<i32> {
+    let program = |pid: &str| std::fs::read_link(format!("/proc/{pid}/exe")).ok();
+    let own = program("self");
+    // The program changes first, then the copies are closed, and only then is there a command line.
+    let is_another = |pid: &String| {
+        program(pid) != own
+            && std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty())
+    };
     std::fs::read_dir("/proc")
         .into_iter()
         .flatten()
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(is_another)
+        .filter_map(|pid| pid.parse().ok())
         .collect()
 }
 
@@ -227,11 +234,10 @@ fn descriptors(pid: i32) -> Vec<PathBuf> {
 }
 
 fn processes(folder: &Path) -> Vec<Process> {
-    let own = i32::try_from(std::process::id()).unwrap_or_default();
     let text = folder.display().to_string();
-    let mut found: Vec<Process> = pids()
+    let mut found: Vec<Process> = others()
         .into_iter()
-        .filter(|&pid| pid != own && belongs(pid, folder, &text))
+        .filter(|&pid| belongs(pid, folder, &text))
         .filter_map(|pid| {
             let program = std::fs::read_link(format!("/proc/{pid}/exe")).ok()?;
             let program = program.file_name()?.to_string_lossy().into_owned();
@@ -265,4 +271,35 @@ fn mounts(folder: &Path) -> Vec<String> {
         .filter(|point| Path::new(point).starts_with(folder))
         .map(str::to_owned)
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[test]
+    fn children_that_are_about_to_become_another_program_belong_to_no_world() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("open");
+        std::fs::write(&file, "").unwrap();
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !over.load(Ordering::Relaxed) {
+                        let _open = File::open(&file).unwrap();
+                        #[expect(clippy::disallowed_methods, reason = "a child, whatever it is")]
+                        let ended = std::process::Command::new("true").status();
+                        assert!(ended.unwrap().success());
+                    }
+                });
+            }
+            let seen: Vec<_> = (0..40)
+                .flat_map(|_| (processes(folder.path()), openers(&file)).0)
+                .collect();
+            over.store(true, Ordering::Relaxed);
+            assert_eq!(seen, []);
+        });
+    }
 }

@@ -259,18 +259,26 @@ pub fn differences(before: &str, after: &str) -> String {
 /// It fails.
 #[track_caller]
 pub fn sh(line: &str) -> String {
+    try_sh(line).unwrap_or_else(|why| panic!("{why}"))
+}
+
+/// As [`sh`], of what may be gone by then.
+///
+/// # Errors
+/// It fails; the text says at what.
+pub fn try_sh(line: &str) -> Result<String, String> {
     #[expect(
         clippy::disallowed_methods,
         reason = "a test sets up and reads its machine"
     )]
     let output = Command::new("sh").args(["-ec", line]).output();
-    let output = output.expect("there is a shell");
-    assert!(
-        output.status.success(),
-        "{line}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    String::from_utf8_lossy(&output.stdout).into_owned()
+    let output = output.map_err(|error| format!("{line}: {error}"))?;
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    if output.status.success() {
+        Ok(text(&output.stdout))
+    } else {
+        Err(format!("{line}: {}", text(&output.stderr)))
+    }
 }
 
 /// `banger-helper` as its units would have it: a socket that is always there, and somebody who starts it again.
