@@ -4,7 +4,7 @@ use super::place::Place;
 use super::published;
 use banger_testkit::env::TestEnv;
 use banger_testkit::host::openers;
-use banger_testkit::machine::{Mode, differences, ledger, sh};
+use banger_testkit::machine::{Mode, differences, ledger, sh, try_sh};
 use banger_testkit::run::{LIMIT, eventually};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -18,19 +18,21 @@ static UNHARMED: Mutex<BTreeMap<(Mode, bool), String>> = Mutex::new(BTreeMap::ne
 const STILL: Duration = Duration::from_millis(300);
 
 /// Rules, routing policy, routes and settings of a namespace, in words that are the same for every VM.
-fn namespace(env: &TestEnv, keeper: i32, vm: &Value) -> String {
-    let text = sh(&format!(
-        "nsenter --net=/proc/{keeper}/ns/net sh -ec '\
-         nft --stateless list ruleset; ip -j -4 rule; ip -j -6 rule; ip -j -4 route show table all; \
-         cd /proc/sys/net/ipv4; cat ip_forward conf/br0/forwarding conf/br0/rp_filter conf/br0/proxy_arp'"
-    ));
+fn namespace(env: &TestEnv, keeper: i32, vm: &Value) -> Result<String, String> {
+    let look = "nft --stateless list ruleset; ip -j -4 rule; ip -j -6 rule; ip -j -4 route show table all; \
+         cd /proc/sys/net/ipv4; cat ip_forward conf/br0/forwarding conf/br0/rp_filter conf/br0/proxy_arp";
+    let text = inside(keeper, look)?;
     let id = vm["id"].as_str().unwrap().replace('-', "");
     let mac = vm["mac"].as_str().unwrap_or("no MAC");
+    let address = vm["address"].as_str().unwrap();
     let mut text = text
         .replace(&format!("bt{}", &id[20..]), "TAP")
         .replace(mac, "MAC")
         // Whether anybody has the TAP open makes no difference.
         .replace("\"linkdown\"", "");
+    for after in [' ', ',', '"', ':', '\n'] {
+        text = text.replace(&format!("{address}{after}"), &format!("ADDRESS{after}"));
+    }
     // Every world has another pool, of sixteen times 256 addresses.
     let [a, b, c, _] = env.pool().octets();
     for number in 0..16 {
@@ -39,14 +41,32 @@ fn namespace(env: &TestEnv, keeper: i32, vm: &Value) -> String {
             &format!("POOL.{number}."),
         );
     }
-    text.replace("},{", "},\n{")
+    Ok(text.replace("},{", "},\n{"))
+}
+
+/// What `line` prints in a keeper's namespace; one of a daemon that was killed may be about to end.
+fn inside(keeper: i32, line: &str) -> Result<String, String> {
+    try_sh(&format!(
+        "nsenter --net=/proc/{keeper}/ns/net sh -ec '{line}'"
+    ))
+}
+
+/// The words of a text that begin so, without repetitions.
+fn words(text: &str, prefix: &str) -> Vec<String> {
+    let words = text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+    let mut words: Vec<String> = words
+        .filter(|word| word.starts_with(prefix))
+        .map(str::to_owned)
+        .collect();
+    words.dedup();
+    words
 }
 
 /// Remembers what the namespace of a VM looks like that nothing has befallen.
 pub(crate) fn remember(place: &Place, env: &TestEnv) {
     let vm = env.vms().remove(0);
     let keeper = env.keeper().unwrap();
-    let look = || namespace(env, keeper, &vm);
+    let look = || namespace(env, keeper, &vm).unwrap();
     let still = eventually("the namespace is done", || {
         let before = look();
         std::thread::sleep(STILL);
@@ -144,17 +164,7 @@ fn network(place: &Place, env: &TestEnv, vm: Option<&Value>) -> Result<(), Strin
 
     // The host's side: link, routes, table and memory come and go together.
     let host = env.host();
-    let words = |line: &str, prefix: &str| -> Vec<String> {
-        let text = sh(line);
-        let words = text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
-        let mut words: Vec<String> = words
-            .filter(|word| word.starts_with(prefix))
-            .map(str::to_owned)
-            .collect();
-        words.dedup();
-        words
-    };
-    let links = words("ip -j link", "bv");
+    let links = words(&sh("ip -j link"), "bv");
     let attached = links.len();
     match (place.mode, running) {
         (Mode::Rootless, _) => equal("links of the host", attached, 0)?,
@@ -165,7 +175,7 @@ fn network(place: &Place, env: &TestEnv, vm: Option<&Value>) -> Result<(), Strin
     equal("links", &host.links, &links)?;
     equal("addresses", host.addresses.len(), attached)?;
     equal("routes", host.routes.is_empty(), attached == 0)?;
-    let tables = words("nft list tables", "banger_");
+    let tables = words(&sh("nft list tables"), "banger_");
     equal("tables of the host", tables.len(), attached)?;
     let mut remembered = ledger();
     let lent = remembered.remove("forwarding.json");
@@ -188,17 +198,17 @@ fn network(place: &Place, env: &TestEnv, vm: Option<&Value>) -> Result<(), Strin
 
     // The namespace's side.
     let tap = |vm: &Value| format!("bt{}", &vm["id"].as_str().unwrap().replace('-', "")[20..]);
-    equal("taps", env.taps(), running.map(tap).into_iter().collect())?;
     if let Some(keeper) = env.keeper() {
-        let rules = sh(&format!(
-            "nsenter --net=/proc/{keeper}/ns/net nft list ruleset"
-        ));
-        let unharmed = UNHARMED.lock().unwrap_or_else(PoisonError::into_inner);
-        let unharmed = unharmed.get(&(place.mode, nat)).cloned();
+        let taps = words(&inside(keeper, "ip -j link")?, "bt");
+        equal("taps", taps, running.map(tap).into_iter().collect())?;
+        let rules = inside(keeper, "nft list ruleset")?;
+        let known = UNHARMED.lock().unwrap_or_else(PoisonError::into_inner);
+        let unharmed = known.get(&(place.mode, nat)).cloned();
+        drop(known);
         // A way out that nobody needs any more stays as long as the namespace.
         let is_left = place.mode == Mode::Rootless && !nat && ways_out > 0;
         if let (Some(vm), Some(unharmed), false) = (running, unharmed, is_left) {
-            let now = namespace(env, keeper, vm);
+            let now = namespace(env, keeper, vm)?;
             if now != unharmed {
                 let differs = differences(&unharmed, &now);
                 return Err(format!(

@@ -89,7 +89,7 @@ const fn of_network(scene: Scene) -> Scene {
 }
 
 /// Every verb.
-pub(crate) const SCENES: [Scene; 13] = [
+pub(crate) const SCENES: [Scene; 14] = [
     scene("create", &[], CREATE),
     of_network(scene("start", &[CREATE, NAT, PUBLISH], START)),
     Scene {
@@ -103,6 +103,7 @@ pub(crate) const SCENES: [Scene; 13] = [
     of_network(scene("delete", &[CREATE, START, STOP], DELETE)),
     scene("purge", &[CREATE, START, STOP], PURGE),
     scene("forced purge", &[CREATE, START], FORCE),
+    scene("purge from the trash", &[CREATE, DELETE], PURGE),
     scene("undelete", &[CREATE, START, STOP, DELETE], UNDELETE),
     scene("reset", &[CREATE, START, STOP], RESET),
     scene("set", &[CREATE, START, STOP], SET),
@@ -202,15 +203,26 @@ pub(crate) fn file(env: &TestEnv, name: &str) -> (PathBuf, String) {
     (path, text)
 }
 
+/// Whoever does things to the network does them one after another, some of them after the answer to a command: when it
+/// answers to this, it has done the others.
+fn all_is_done(env: &TestEnv, variables: &[(&str, &str)]) {
+    let output = banger(env, variables, &["nat", "status"]);
+    assert_eq!(output.status, 0, "{output:?}");
+}
+
 /// All points that the verb of a scene passes, in order, each once; and those that were passed before.
 pub(crate) fn points(place: &Place, scene: &Scene) -> (Vec<String>, BTreeSet<String>) {
     let env = scene.env(place);
     let (trace, text) = file(&env, "trace");
     let variables = [("BANGER_CRASH_TRACE", text.as_str())];
     scene.prepare(&env, &variables, scene.verb);
+    if !scene.before.is_empty() {
+        all_is_done(&env, &variables);
+    }
     let before = traced(&trace);
     let output = scene.try_it(&env, &variables);
     assert_eq!(output.status, scene.status, "{}: {output:?}", scene.verb);
+    all_is_done(&env, &variables);
     if matches!(scene.verb, "start" | "port add") {
         compare::remember(place, &env);
     }
@@ -379,9 +391,11 @@ pub(crate) fn settled(env: &TestEnv, verb: &str) -> Option<Value> {
             return Some(None);
         };
         assert_eq!(vms.len(), 1, "{vms:?}");
+        let mirror = env.vm_folder(vm["id"].as_str().unwrap()).join("vm.json");
         let rests = match vm["phase"]["state"].as_str().unwrap() {
             // A purge that was promised goes on by itself.
-            "stopped" => vm["trashed_at"].is_null() || matches!(verb, "delete" | "undelete"),
+            "stopped" => std::fs::read_to_string(mirror)
+                .is_ok_and(|record| record.contains(r#""purging": false"#)),
             "running" => vm["desired"] == "on" && vm["phase"]["ready"] == true,
             _ => false,
         };

@@ -48,7 +48,7 @@ impl Place {
         eventually(&format!("{at}: all of the world has ended"), || {
             (env.host() == Host::default()).then_some(())
         });
-        // A program that has just begun may still have what its parent held.
+        // What ends has it until it is gone.
         for namespace in &namespaces {
             eventually(&format!("{at}: {namespace:?} is left by all"), || {
                 (!namespace.is_used()).then_some(())
