@@ -1,6 +1,7 @@
 //! What goes wrong with snapshots: the daemon aborts before and after every step that has to do with storage, a file
 //! goes or is cut, the host is full. The guests are played: who writes is the test.
 
+use super::helper::{ALICE, Helper};
 use super::inside::{World, command};
 use super::storage::{LIMIT, device_of, devices, eventually, is_valid, read_at, write_at};
 use serde_json::Value;
@@ -46,6 +47,9 @@ const STEPS: [&str; 7] = [
     "disk",
     "unlink",
 ];
+
+/// Those of them in which an ordinary user's daemon asks the helper.
+const HELPED_STEPS: [&str; 2] = ["open-files", "close-storage"];
 
 /// The snapshot and its origin, the image's loop device and the file's.
 const DEVICES: usize = 4;
@@ -103,21 +107,42 @@ const SCENES: [(&str, Scene); 6] = [
 fn an_abort_at_any_step_of_storage_leaves_no_device_that_no_record_explains() {
     let before = devices();
     let world = World::new().with_played_guests("");
+    abort_everywhere("as root", &world, &STEPS, &before);
+    world.leaves_nothing();
+    assert_eq!(devices(), before);
+}
+
+#[test]
+#[ignore = "runs inside the test host"]
+fn with_the_helper_an_abort_at_a_step_of_storage_leaves_no_device_that_no_record_explains() {
+    let before = devices();
+    let _helper = Helper::start();
+    let world = World::of(ALICE).with_played_guests("[network]\nmode = \"helper\"\n");
+    abort_everywhere("with the helper", &world, &HELPED_STEPS, &before);
+    world.leaves_nothing();
+    assert_eq!(devices(), before);
+}
+
+/// Aborts at both sides of each of the `steps` that a verb passes, each in the first verb that does.
+fn abort_everywhere(how: &str, world: &World, steps: &[&str], before: &[String]) {
     let mut done = BTreeSet::new();
     for (verb, scene) in &SCENES {
-        let mut points = points(&world, verb, scene);
+        let mut points = points(world, verb, scene, steps);
         assert_eq!(devices(), before, "{verb}");
         // What several verbs pass is the same step.
         points.retain(|point| done.insert(point.clone()));
         for point in &points {
-            aborts(&world, scene, point);
-            recovers(&world, verb, scene, point, &before);
+            aborts(world, scene, point);
+            recovers(world, verb, scene, point, before);
         }
-        println!("CRASH POINTS: snapshot, {verb}: {}", points.join(" "));
+        println!("CRASH POINTS: snapshot {how}, {verb}: {}", points.join(" "));
     }
-    println!("CRASH POINTS: snapshot: {}, all fired", done.len());
-    world.leaves_nothing();
-    assert_eq!(devices(), before);
+    let passed = |step: &&str| {
+        done.iter()
+            .any(|point| point.contains(&format!("/{step}:")))
+    };
+    assert!(steps.iter().all(passed), "of {steps:?} only {done:?}");
+    println!("CRASH POINTS: snapshot {how}: {}, all fired", done.len());
 }
 
 /// Brings the world to where the verb can be tried, with something written by the guest.
@@ -133,7 +158,7 @@ fn prepare(world: &World, scene: &Scene) {
 }
 
 /// The storage steps that the verb passes, each once, in order.
-fn points(world: &World, verb: &str, scene: &Scene) -> Vec<String> {
+fn points(world: &World, verb: &str, scene: &Scene, steps: &[&str]) -> Vec<String> {
     prepare(world, scene);
     world.banger(&["daemon", "stop"]);
     let trace = world.path(&format!("trace-{verb}"));
@@ -145,10 +170,9 @@ fn points(world: &World, verb: &str, scene: &Scene) -> Vec<String> {
         .into_iter()
         .filter(|point| {
             let step = point.split(['/', ':']).nth(1).unwrap_or_default();
-            STEPS.contains(&step) && seen.insert(point.clone())
+            steps.contains(&step) && seen.insert(point.clone())
         })
         .collect();
-    assert!(!points.is_empty(), "{verb} passes no step of storage");
     if scene.tried != PURGE {
         world.banger(PURGE);
     }

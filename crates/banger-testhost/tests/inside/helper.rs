@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 const SOCKET: &str = "/run/banger-helper.sock";
-const ALICE: u32 = 54_321;
+pub(super) const ALICE: u32 = 54_321;
 const BOB: u32 = 54_322;
 const MIB: u64 = 1 << 20;
 const NAME: &str = "otter";
@@ -28,13 +28,13 @@ const NAME: &str = "otter";
 const DEVICES: usize = 4;
 
 /// `banger-helper`, as its unit would have started it.
-struct Helper {
+pub(super) struct Helper {
     child: Child,
     log: tempfile::NamedTempFile,
 }
 
 impl Helper {
-    fn start() -> Self {
+    pub(super) fn start() -> Self {
         assert_inside();
         let log = tempfile::NamedTempFile::new().unwrap();
         let child = launch(&log);
@@ -192,6 +192,7 @@ fn picture() -> Vec<String> {
         ("losetup", &["-l", "-J"][..]),
         ("dmsetup", &["ls"]),
         ("ip", &["-d", "-j", "link"]),
+        ("ip", &["-j", "route", "show", "table", "all"]),
         ("nft", &["list", "ruleset"]),
     ]
     .into_iter()
@@ -318,6 +319,42 @@ fn a_users_snapshot_is_filled_and_grown_and_outlives_daemon_and_helper() {
     }
     world.banger(&["vm", "delete", NAME, "--force", "--purge"]);
     leave(&world, helper, &before);
+}
+
+#[test]
+#[ignore = "runs inside the test host"]
+fn the_life_of_twenty_vms_on_snapshots_leaves_the_host_byte_for_byte_as_it_was() {
+    const COUNT: usize = 20;
+    let before = picture();
+    let world = World::of(ALICE).with_played_guests("[network]\nmode = \"helper\"\n");
+    let helper = Helper::start();
+    let names: Vec<String> = (1..=COUNT).map(|number| format!("vm-{number}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let all = |verb: &[&str]| world.banger(&[verb, &names].concat());
+    let create = ["--image", "tiny", "--memory", "128", "--disk-size", "64M"];
+    let stored = [
+        "--storage",
+        "snapshot",
+        "--overlay-size",
+        "64M",
+        "--no-start",
+    ];
+    for name in &names {
+        world.banger(&[&["vm", "create", "--name", name], &create[..], &stored].concat());
+    }
+    all(&["vm", "start", "--wait"]);
+    all(&["nat", "up"]);
+    // They share the image's loop device.
+    assert_eq!(devices().len(), 1 + COUNT * (DEVICES - 1));
+    assert_ne!(picture(), before);
+    all(&["vm", "stop"]);
+    assert_eq!(devices(), Vec::<String>::new());
+    all(&["vm", "reset"]);
+    all(&["vm", "start"]);
+    all(&["vm", "delete", "--force", "--purge"]);
+    leave(&world, helper, &before);
+    let bytes: usize = before.iter().map(String::len).sum();
+    println!("TWENTY VMS, snapshot: {bytes} bytes are as before");
 }
 
 #[test]
