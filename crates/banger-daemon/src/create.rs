@@ -1,6 +1,7 @@
 //! How a VM is made: what a request asks for is checked, its folder is put together beside the others, its row is
 //! committed, and the folder gets its name. Who has which name and address is the registry's.
 
+use crate::blocking::blocking;
 use crate::crash::{Side, point};
 use crate::images::{DEFAULT_NAME, store_error};
 use crate::record::VmRecord;
@@ -168,11 +169,9 @@ pub(crate) async fn make(world: &Arc<World>, record: &VmRecord) -> Result<(), Er
     let staging = VmFiles::staging(&world.paths, record.id);
     let staged = {
         let (world, record, staging) = (Arc::clone(world), record.clone(), staging.clone());
-        tokio::task::spawn_blocking(move || stage(&world, &record, &staging)).await
+        blocking(move || stage(&world, &record, &staging)).await
     };
-    let staged =
-        staged.unwrap_or_else(|error| Err(ErrorBody::from_error(ErrorCode::Internal, &error)));
-    let committed = match staged {
+    let committed = match staged.flatten() {
         Ok(()) => {
             point("create", "row", Side::Before);
             let stored = world

@@ -1,6 +1,7 @@
 //! The ledger: everything that banger has on the host, measured, and whose it is. `removal` takes away what is left
 //! over.
 
+use crate::blocking::blocking;
 use crate::network::{HOST_NAMES_ROUTED, Now, network_error};
 use crate::server::App;
 use crate::storage::Owner;
@@ -78,12 +79,8 @@ async fn look(app: &App) -> Result<Vec<Found>, ErrorBody> {
     let shared = app.clone();
     let keeper = network.keeper;
     // It takes as long as there are processes and devices.
-    let measured = tokio::task::spawn_blocking(move || Seen::look(&shared, &ids, keeper));
-    let internal = |error: &(dyn std::error::Error + 'static)| {
-        ErrorBody::from_error(ErrorCode::Internal, error)
-    };
-    let measured = measured.await.map_err(|error| internal(&error))?;
-    let measured = measured.map_err(|error| internal(&error))?;
+    let measured = blocking(move || Seen::look(&shared, &ids, keeper)).await?;
+    let measured = measured.map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
     let vms: HashMap<VmId, Known> = handles
         .iter()
         .zip(before)

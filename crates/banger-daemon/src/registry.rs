@@ -3,6 +3,7 @@
 
 mod reserve;
 
+use crate::blocking::blocking;
 use crate::images::find;
 use crate::keys;
 use crate::record::VmRecord;
@@ -531,11 +532,9 @@ impl Registry {
         let record = {
             // Choosing a driver may have to probe KVM, which takes seconds once for each boot of the host.
             let (world, request, key) = (Arc::clone(world), request.clone(), key.clone());
-            tokio::task::spawn_blocking(move || create::draft(&world, &request, id, key)).await
+            blocking(move || create::draft(&world, &request, id, key)).await
         };
-        let record =
-            record.unwrap_or_else(|error| Err(ErrorBody::from_error(ErrorCode::Internal, &error)));
-        let (record, held) = match record.and_then(|draft| {
+        let (record, held) = match record.flatten().and_then(|draft| {
             let ports = self.hold_ports(id, &draft.spec.ports, choose_another)?;
             let reservation = self.reserve(world, name, key)?;
             let record = draft.complete(reservation.name.clone(), reservation.address);

@@ -11,6 +11,7 @@ pub(crate) use build::{start_build, start_import};
 pub(crate) use bundle::{Bundle, ImageRecord, KernelRecord, Manifest};
 pub(crate) use find::find;
 
+use crate::blocking::blocking;
 use crate::store::Store;
 use banger_api::error::{ErrorBody, ErrorCode};
 use banger_api::image::Image;
@@ -269,12 +270,8 @@ impl Catalog {
 }
 
 async fn remove_folder(folder: PathBuf) -> Result<(), ErrorBody> {
-    let removed = tokio::task::spawn_blocking(move || banger_image::store::remove(&folder)).await;
-    match removed {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err(build_error(&error)),
-        Err(error) => Err(ErrorBody::from_error(ErrorCode::Internal, &error)),
-    }
+    let removed = blocking(move || banger_image::store::remove(&folder)).await?;
+    removed.map_err(|error| build_error(&error))
 }
 
 /// A store's error on the wire.

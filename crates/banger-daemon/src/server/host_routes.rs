@@ -1,6 +1,7 @@
 //! The handlers of the endpoints about the host: network, names, ledger, trash, restore, metrics.
 
 use super::{App, Call, json_route, raw_route, to_its_end};
+use crate::blocking::blocking;
 use crate::network::status;
 use crate::record::VmRecord;
 use crate::vm::{Ask, Change};
@@ -64,10 +65,7 @@ async fn reset(call: Call<ResetVm>) -> Result<Vm, ErrorBody> {
         Some(choice) => {
             let world = call.app.world.clone();
             // Trying what the filesystem can do takes system calls on the disk.
-            let chosen =
-                tokio::task::spawn_blocking(move || crate::storage::choose(&world, choice)).await;
-            let chosen =
-                chosen.map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))?;
+            let chosen = blocking(move || crate::storage::choose(&world, choice)).await?;
             Some(chosen.map_err(|error| crate::storage::impossible(&error))?)
         }
     };

@@ -2,6 +2,7 @@
 
 use super::streams;
 use super::{App, Call, json_route, raw_route, to_its_end};
+use crate::blocking::blocking;
 use crate::convert;
 use crate::vm::{Answer, Ask, Handle};
 use crate::world::World;
@@ -216,13 +217,11 @@ async fn stop_daemon(call: Call<StopDaemon>) -> Result<Nothing, ErrorBody> {
 
 async fn drivers(call: Call<Nothing>) -> Result<Vec<banger_api::daemon::DriverInfo>, ErrorBody> {
     let world = call.app.world;
-    let listed = tokio::task::spawn_blocking(move || {
+    blocking(move || {
         let vmlinux = world.images.default_vmlinux();
         world.drivers.list(vmlinux.as_deref())
-    });
-    listed
-        .await
-        .map_err(|error| ErrorBody::from_error(ErrorCode::Internal, &error))
+    })
+    .await
 }
 
 async fn list_vms(call: Call<ListVms>) -> Result<Vec<Vm>, ErrorBody> {

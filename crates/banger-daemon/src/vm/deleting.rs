@@ -3,6 +3,7 @@
 use super::actor::{Actor, Run};
 use super::files::lock_error;
 use super::teardown::{Disks, Problem, release_host_objects};
+use crate::blocking::blocking;
 use crate::crash::{Side, point};
 use crate::images::store_error;
 use banger_api::error::{ErrorBody, ErrorCode};
@@ -98,14 +99,8 @@ impl Actor {
         self.clear_run("delete").await;
         point("delete", "unlink", Side::Before);
         let folder = self.files.folder.clone();
-        let removed = tokio::task::spawn_blocking(move || remove_folder(&folder)).await;
-        match removed {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                return Err(super::files::io_error("remove", &self.files.folder, &error));
-            }
-            Err(error) => return Err(ErrorBody::from_error(ErrorCode::Internal, &error)),
-        }
+        let removed = blocking(move || remove_folder(&folder)).await?;
+        removed.map_err(|error| super::files::io_error("remove", &self.files.folder, &error))?;
         point("delete", "unlink", Side::After);
         point("delete", "row", Side::Before);
         self.world
