@@ -32,7 +32,8 @@ pub(crate) fn run(args: StartArgs) -> Outcome {
 pub(crate) fn restart(args: RestartArgs) -> Outcome {
     let context = Context::from_env()?;
     block_on(async {
-        let daemon = ensure_daemon::restart(&context.paths).await?;
+        ensure_daemon::restart(&context.paths).await?;
+        let daemon = context.daemon_as(Mode::Start).await?;
         show(&daemon.status().await?, args.output)
     })
 }
