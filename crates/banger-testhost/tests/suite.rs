@@ -11,6 +11,8 @@ mod faults;
 #[path = "inside/helper.rs"]
 mod helper;
 mod inside;
+#[path = "inside/lives.rs"]
+mod lives;
 #[path = "inside/storage.rs"]
 mod storage;
 

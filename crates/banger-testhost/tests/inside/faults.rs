@@ -1,7 +1,7 @@
 //! What goes wrong with snapshots: the daemon aborts before and after every step that has to do with storage, a file
 //! goes or is cut, the host is full. The guests are played: who writes is the test.
 
-use super::helper::{ALICE, Helper};
+use super::helper::{ALICE, DEVICES, Helper};
 use super::inside::{World, command};
 use super::storage::{LIMIT, device_of, devices, eventually, is_valid, read_at, write_at};
 use serde_json::Value;
@@ -50,9 +50,6 @@ const STEPS: [&str; 7] = [
 
 /// Those of them in which an ordinary user's daemon asks the helper.
 const HELPED_STEPS: [&str; 2] = ["open-files", "close-storage"];
-
-/// The snapshot and its origin, the image's loop device and the file's.
-const DEVICES: usize = 4;
 
 /// How the device that plays the guest's root begins.
 const WORD: &[u8; 20] = b"written by the guest";
